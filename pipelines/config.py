@@ -1,0 +1,400 @@
+"""What can be chosen about the stages, and how a preset and a command line become one config.
+
+A preset is a YAML file that holds only what differs from the defaults; the command line overrides
+the preset; the result is frozen. Nothing here imports torch or Ray, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import Annotated, Literal, Self, TypeVar
+
+import tyro
+import yaml
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from jitmodel.config import (
+    Config,
+    FlowConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Probability,
+    SamplerConfig,
+)
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+Encoding = Literal["png", "webp", "raw"]
+Extractor = Literal["efflite0", "inception"]
+
+
+class StageFailed(RuntimeError):
+    """A stage could not do its work, and its message says all that a person needs."""
+
+
+class StageConfig(Config):
+    """What every stage has."""
+
+    dry_run: bool = False
+    """Print the config and the plan, touch nothing."""
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, int) else value
+
+
+class PrepareConfig(StageConfig):
+    """Raw images -> dataset folder."""
+
+    source: str = ""
+    """URI of the raw images: a tree with one folder a class; Parquet in the Hub's convention;
+    ImageNet's own tars; one tar a class; or WebDataset tars. A pattern of names chooses files."""
+    classes: str = ""
+    """URI of a class list, one class a line in the order of their labels; "imagenet" for its 1000
+    classes; "one" if all images are of one class. By default the source tells."""
+    labels: str = ""
+    """URI of a file of lines "image-name label", for images that lie together without classes;
+    not needed for ImageNet's validation images."""
+    output: str = ""
+    """URI of the dataset folder to write."""
+    verify: str = ""
+    """URI of a dataset folder to re-read and check, instead of preparing one."""
+    image_size: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] = (256,)
+    """Side of the square images, in pixels (ADM centre crop). Several sizes are made in one pass,
+    in OUTPUT/256 and OUTPUT/512."""
+    encoding: Encoding = "webp"
+    """How an image is stored; every choice is lossless."""
+    rows_per_shard: PositiveInt = 1024
+    """Images in a shard; the last one may hold fewer."""
+    rows_per_group: PositiveInt = 64
+    """Images in a Parquet row group: the unit that training reads."""
+    seed: int = Field(0, ge=0)
+    """Seed of the permutation that deals images to shards."""
+    max_reject_fraction: float = Field(0.001, ge=0, le=1)
+    """Stop before the manifest when more than this fraction of the images cannot be used."""
+    workers: int = Field(0, ge=0)
+    """Shards in work at once; 0 means one for each CPU of the cluster."""
+
+    @field_validator("image_size")
+    @classmethod
+    def _sizes_differ(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if not sizes or len(set(sizes)) < len(sizes):
+            raise ValueError(f"image_size {list(sizes)}: expected one size or several that differ")
+        return sizes
+
+
+class ParallelConfig(Config):
+    """How the model is spread over devices and made fast."""
+
+    compile: bool = False
+    """torch.compile each block; the first step then takes a minute."""
+    checkpointing: Literal["none", "full"] = "none"
+    """Activation checkpointing: "full" recomputes each block in the backward pass."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute type; master weights, reductions and EMAs stay fp32."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights between forward and backward: less memory, more traffic."""
+
+
+class LoaderConfig(Config):
+    """How the order of the images is dealt (see pipelines/order.py)."""
+
+    lanes: PositiveInt = 64
+    """Streams of row groups; a multiple of every number of workers that the run will ever have."""
+    window: PositiveInt = 4
+    """Row groups of a lane whose rows are shuffled together."""
+    threads: PositiveInt = 2
+    """Decoding threads of a worker."""
+    prefetch: PositiveInt = 2
+    """Batches that are decoded ahead of the one in use."""
+
+
+class TrainConfig(StageConfig):
+    """Dataset folder -> run folder."""
+
+    data: str = ""
+    """URI of the dataset folder."""
+    storage: str = ""
+    """URI under which run folders live."""
+    name: str = ""
+    """Name of the run; the same storage and name again resume it."""
+    workers: PositiveInt = 1
+    """Training processes; one GPU each where the cluster has GPUs, else one CPU each."""
+    fresh: bool = False
+    """Start over although a run of this name exists; the old one is kept under another name."""
+    model: ModelConfig = ModelConfig()
+    flow: FlowConfig = FlowConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loader: LoaderConfig = LoaderConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    """Sampler of the grids that training draws, and the one that the artifact recommends."""
+    total_images: PositiveInt = 600 * 1_281_167
+    """Images to see in all; the paper's 600 epochs of ImageNet."""
+    global_batch: PositiveInt = 1024
+    """Images in an optimizer step, whatever the number of workers."""
+    micro_batch: PositiveInt = 128
+    """Most images that a worker sends through the network at once; the rest is accumulated."""
+    flip: bool = True
+    """Flip half of the images horizontally, addressed by image."""
+    seed: int = Field(0, ge=0)
+    """Seed of order, time, noise, label drop, flip and initial weights."""
+    checkpoint_every_images: PositiveInt = 1_281_167
+    """Images between checkpoints."""
+    keep_checkpoints: PositiveInt = 3
+    """Newest checkpoints that are kept."""
+    grid_every_images: int = Field(1_281_167, ge=0)
+    """Images between grids of samples; 0 draws none."""
+    grid_ema: Probability = 0.9999
+    """Decay of the EMA that draws the grids; 0 is the raw weights."""
+    log_every_steps: PositiveInt = 50
+    """Optimizer steps between status lines."""
+    max_failures: int = Field(3, ge=0)
+    """Worker failures that a run survives by itself."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Longest wait for the workers to be placed."""
+
+    @model_validator(mode="after")
+    def _batch_and_workers_fit(self) -> Self:
+        if self.global_batch % self.loader.lanes:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of loader.lanes "
+                f"{self.loader.lanes}: a batch takes equally many images from every lane"
+            )
+        self.split(self.workers)
+        decays = self.optimizer.ema_decays
+        if self.grid_every_images and self.grid_ema not in (0, *decays):
+            raise ValueError(
+                f"grid_ema {self.grid_ema} is not among optimizer.ema_decays {decays}: "
+                "choose one of them, or 0 for the raw weights"
+            )
+        return self
+
+    def split(self, world_size: int) -> tuple[int, int]:
+        """How a worker takes its share of a global batch: images at once, and how many times.
+
+        Raises:
+            ValueError: the batch cannot be dealt evenly.
+        """
+        if self.loader.lanes % world_size:
+            raise ValueError(
+                f"loader.lanes {self.loader.lanes} cannot be dealt evenly to {world_size} workers: "
+                "use a number of workers that divides it"
+            )
+        share = self.global_batch // world_size
+        micro = min(self.micro_batch, share)
+        if share % micro:
+            raise ValueError(
+                f"micro_batch {micro} does not divide {share}, a worker's share of global_batch "
+                f"{self.global_batch} among {world_size} workers"
+            )
+        return micro, share // micro
+
+
+class ExportConfig(StageConfig):
+    """Run folder or checkpoint -> artifact."""
+
+    source: str = ""
+    """URI of a run folder (its latest checkpoint) or of one checkpoint."""
+    output: str = ""
+    """URI of the artifact folder to write."""
+    ema: Probability = 0.9999
+    """Decay of the EMA to export; 0 exports the raw weights."""
+
+
+class ReferenceConfig(StageConfig):
+    """Dataset folder -> statistics of its features."""
+
+    data: str = ""
+    """URI of the dataset folder."""
+    output: str = ""
+    """URI of the .npz file to write."""
+    extractor: Extractor = "efflite0"
+    """Feature extractor."""
+    weights: str = ""
+    """URI of the extractor's weights, where no package ships them."""
+    num_images: int = Field(0, ge=0)
+    """Images to use, the first ones of the dataset's (shuffled) shards; 0 means all."""
+    workers: int = Field(0, ge=0)
+    """Extracting processes; 0 means one for each CPU or GPU of the cluster."""
+
+
+class SamplerChoice(Config):
+    """How images are drawn, where it shall not be as the artifact recommends."""
+
+    steps: int | None = Field(None, ge=1, le=10_000)
+    """Steps from noise to image."""
+    solver: Literal["heun", "euler"] | None = None
+    """Solver of the differential equation."""
+    cfg_scale: float | None = Field(None, ge=0)
+    """Guidance weight; 1 is no guidance."""
+    cfg_interval: tuple[float, float] | None = None
+    """Open interval of time in which guidance applies."""
+
+    def over(self, recommended: SamplerConfig) -> SamplerConfig:
+        """The recommended sampler with these choices in its place."""
+        return SamplerConfig(**{**recommended.model_dump(), **self.model_dump(exclude_none=True)})
+
+
+class EvaluateConfig(StageConfig):
+    """Artifact -> evaluation folder."""
+
+    model: str = ""
+    """URI of the artifact."""
+    reference: str = ""
+    """URI of the .npz file of reference statistics."""
+    output: str = ""
+    """URI of the evaluation folder to write."""
+    num_images: PositiveInt = 50_000
+    """Images to draw, spread evenly over the classes."""
+    sampler: SamplerChoice = SamplerChoice()
+    """How images are drawn, where it shall not be as the artifact recommends."""
+    seed: int = Field(0, ge=0)
+    """Seed of the start noise; image i is addressed by (seed, i)."""
+    batch: PositiveInt = 50
+    """Images drawn together; part of the plan, so of the result's identity."""
+    chunk_batches: PositiveInt = 5
+    """Batches published together: what is lost at most when a worker dies."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute type of the sampling network."""
+    extractor: Extractor = "efflite0"
+    """Feature extractor; must be the reference's."""
+    weights: str = ""
+    """URI of the extractor's weights, where no package ships them."""
+    keep_images: bool = False
+    """Store the drawn images beside their features."""
+    workers: int = Field(0, ge=0)
+    """Sampling processes; 0 means one for each CPU or GPU of the cluster."""
+
+
+class ServeConfig(StageConfig):
+    """Artifact -> HTTP."""
+
+    model: str = ""
+    """URI of the artifact."""
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but loopback needs an API key."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port to listen on."""
+    slots: PositiveInt = 8
+    """Images in the running batch."""
+    max_queue: PositiveInt = 64
+    """Images that may wait; more are refused with 429."""
+    max_images: PositiveInt = 16
+    """Largest n of one request."""
+    max_steps: PositiveInt = 250
+    """Largest number of sampling steps of one request."""
+    timeout_s: PositiveFloat = 120.0
+    """Deadline of a request."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute type of the network."""
+    keys_file: str = ""
+    """File of API keys, `KEY [CONCURRENT]` a line, besides those in the environment JIT_API_KEY."""
+    key_concurrency: PositiveInt = 16
+    """Image requests that one key may have in work at once, on each replica."""
+    replicas: PositiveInt = 1
+    """Replicas of the model; the least number of them with max_replicas."""
+    max_replicas: int = Field(0, ge=0)
+    """Replicas at most, as many as keep requests at one a slot; 0 means always `replicas`."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    """How long there must be too many requests before another replica starts."""
+    cpus: PositiveInt = 1
+    """CPUs of a replica; its network computes with them where there is no GPU."""
+
+    @model_validator(mode="after")
+    def _a_request_fits_the_queue(self) -> Self:
+        if self.max_images > self.slots + self.max_queue:
+            raise ValueError(
+                f"max_images {self.max_images} exceeds slots {self.slots} + "
+                f"max_queue {self.max_queue}: such a request could never be taken"
+            )
+        if 0 < self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is less than replicas {self.replicas}"
+            )
+        return self
+
+
+class DeployConfig(ServeConfig):
+    """Artifact -> a running cluster."""
+
+    address: str = "http://127.0.0.1:8265"
+    """URL of the cluster's dashboard; `ray dashboard cluster.yaml` forwards it to this one."""
+    output: str = ""
+    """File to write the Serve config to, besides applying it; --dry-run prints it instead."""
+    file: str = ""
+    """Serve config to check and apply as it is, instead of an artifact."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs of a replica; a fraction shares one."""
+    deploy_timeout_s: PositiveFloat = 600.0
+    """Longest wait for the application to run."""
+
+
+class DemoConfig(StageConfig):
+    """The whole road on two CPU cores with the embedded images."""
+
+    output: str = "demo"
+    """Folder for everything that the demo makes."""
+    fresh: bool = False
+    """Delete what an earlier demo left in the output folder."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Compute type of training; by default bf16 where the processor multiplies it natively."""
+    total_images: int = Field(0, ge=0)
+    """Images to train on; 0 takes the preset's number."""
+
+
+def preset_names(stage: str) -> list[str]:
+    """Names of the presets that the package holds for a stage, sorted."""
+    folder = resources.files("pipelines") / "presets" / stage
+    if not folder.is_dir():
+        return []
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[0] not in "_.")
+
+
+def load_preset(stage: str, name: str, config_class: type[ConfigT]) -> ConfigT:
+    """The config of a preset: its YAML over the defaults.
+
+    Raises:
+        ValueError: there is no such preset, or a field of it is unknown or out of bounds.
+    """
+    names = preset_names(stage)
+    if name not in names:
+        raise ValueError(
+            f"unknown preset {name!r} for `jit {stage}`: choose from {', '.join(names) or 'none'}"
+        )
+    text = (resources.files("pipelines") / "presets" / stage / f"{name}.yaml").read_text("utf-8")
+    return config_class.model_validate(yaml.safe_load(text) or {})
+
+
+def parse(prog: str, argv: Sequence[str], config_class: type[ConfigT], default: ConfigT) -> ConfigT:
+    """A config from `--section.field value` options over `default`.
+
+    Raises:
+        SystemExit: help was asked for (code 0), or an option is unknown (code 2).
+        ValueError: a value is out of bounds.
+    """
+    return tyro.cli(
+        config_class,
+        prog=prog,
+        args=list(argv),
+        default=default,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def require(config: Config, *fields: str) -> None:
+    """Refuse a config in which one of `fields` was left empty.
+
+    Raises:
+        ValueError: naming the first missing option.
+    """
+    for field in fields:
+        if not getattr(config, field):
+            raise ValueError(f"--{field.replace('_', '-')} is missing; see --help")

@@ -1,0 +1,192 @@
+"""Artifact -> a Serve config, applied to a cluster that runs.
+
+What is applied is a file of Ray Serve's own kind, so `--output` keeps it for `serve deploy`, for
+the `serveConfigV2` of a KubeRay RayService, or for another `jit deploy --file`. Ray drops the keys
+of such a file that it does not know, so a misspelt limit would be no limit; here they are refused.
+Another artifact at the same address reaches the replicas as `user_config`, and none is restarted.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before what is slow to import: `--help` shall not wait for it
+    import sys
+
+    from pipelines.cli import main
+
+    raise SystemExit(main(["deploy", *sys.argv[1:]]))
+
+import difflib
+import logging
+import time
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
+
+from pipelines.config import DeployConfig, ServeConfig
+from pipelines.replica import Server, Wanted
+from pipelines.serve import (
+    APP,
+    DEPLOYMENT,
+    PROXY_CALLBACK,
+    check,
+    http_options,
+    is_loopback,
+    options,
+)
+
+logger = logging.getLogger(__name__)
+
+OF_A_REPLICA = {"slots", "max_queue", "max_images", "max_steps", "timeout_s", "precision", "cpus"}
+"""Fields of the config that a replica cannot change while it runs."""
+ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "0", PROXY_CALLBACK[0]: PROXY_CALLBACK[1]}
+POLL_S = 1.0
+
+
+def run(config: DeployConfig) -> None:
+    """Writes the Serve config and applies it; returns once the application runs.
+
+    Raises:
+        ValueError, FileNotFoundError: the artifact or the file cannot be served.
+        ConnectionError: no cluster answers at the address.
+        RuntimeError: the cluster could not deploy it.
+    """
+    if config.file:
+        text = Path(config.file).read_text("utf-8")
+        try:
+            document = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{config.file} is not YAML: {error}") from error
+        check_document(document, config.file)
+    else:
+        document = document_of(config)
+    text = yaml.safe_dump(document, sort_keys=False)
+    if config.output and not config.dry_run:
+        Path(config.output).write_text(text, encoding="utf-8")
+        logger.info("written to %s", config.output)
+    if config.dry_run:
+        print(text)
+        return
+    apply(document, config)
+
+
+def document_of(config: DeployConfig) -> dict[str, Any]:
+    """The Serve config of an artifact.
+
+    Raises:
+        ValueError, FileNotFoundError: as `serve.check`.
+    """
+    info = check(config)
+    chosen = options(config, info, gpu=config.gpus > 0)
+    chosen["ray_actor_options"]["num_gpus"] = config.gpus
+    everywhere = not is_loopback(config.host)
+    return {
+        "proxy_location": "EveryNode" if everywhere else "HeadOnly",
+        "controller_options": {"runtime_env": {"env_vars": ENVIRONMENT}},
+        "http_options": http_options(config),
+        "logging_config": chosen["logging_config"],
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": "pipelines.deploy:build",
+                "args": config.model_dump(mode="json", include=OF_A_REPLICA),
+                "deployments": [chosen],
+            }
+        ],
+    }
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application, as the cluster builds it from the `args` of the Serve config."""
+    config = ServeConfig.model_validate(args)
+    return serve.deployment(name=DEPLOYMENT)(serve.ingress()(Server)).bind(config)
+
+
+def check_document(document: Any, where: str) -> None:
+    """Refuses a Serve config that Ray would misread.
+
+    Raises:
+        ValueError: naming the first key that nobody knows, or the value that does not fit.
+    """
+    if not isinstance(document, dict):
+        raise ValueError(f"{where} does not hold a Serve config: {str(document)[:60]!r}")
+    check_keys(document, ServeDeploySchema, where)
+    ServeDeploySchema.model_validate(document)
+    for application in document["applications"]:
+        if application["import_path"] != "pipelines.deploy:build":
+            continue
+        ServeConfig.model_validate(application.get("args", {}))
+        for deployment in application.get("deployments", []):
+            wanted = Wanted.model_validate(deployment.get("user_config"))
+            host = document.get("http_options", {}).get("host", "0.0.0.0")
+            if not wanted.keys and not is_loopback(host):
+                raise ValueError(
+                    f"{where}: http_options.host {host} can be reached by others, and user_config "
+                    "holds no keys: let `jit deploy URI --keys-file FILE` write it"
+                )
+
+
+def check_keys(found: Any, schema: type[BaseModel], where: str) -> None:
+    """Compares the keys of a document with the fields of its schema, all the way down.
+
+    Raises:
+        ValueError: naming the first unknown key, and the known one that is most like it.
+    """
+    if not isinstance(found, dict):
+        return  # the schema itself will say so
+    for key, value in found.items():
+        field = schema.model_fields.get(key)
+        if field is None:
+            like = difflib.get_close_matches(str(key), schema.model_fields, n=1)
+            hint = f"did you mean {like[0]!r}?" if like else "Ray would drop it without a word"
+            raise ValueError(f"{where}: unknown key {key!r}: {hint}")
+        for inner in models_in(field.annotation):
+            for number, item in enumerate(value if isinstance(value, list) else [value]):
+                place = f"{key}[{number}]" if isinstance(value, list) else key
+                check_keys(item, inner, f"{where}, {place}")
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The first pydantic model that a type holds, in a list of its own; empty: none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in typing.get_args(annotation) for m in models_in(part)][:1]
+
+
+def apply(document: dict[str, Any], config: DeployConfig) -> None:
+    """Hands the Serve config to the cluster and waits until it is carried out."""
+    client = ServeSubmissionClient(config.address)
+    client.deploy_applications(document)
+    wait(lambda: client.get_serve_details()["applications"], config.deploy_timeout_s)
+    options_ = document["http_options"]
+    logger.info(
+        "deployed: it listens on %s:%s of %s",
+        options_["host"],
+        options_["port"],
+        "every node" if document["proxy_location"] == "EveryNode" else "the head node",
+    )
+
+
+def wait(applications: Callable[[], dict[str, Any]], timeout_s: float) -> None:
+    """Waits until our application runs.
+
+    Raises:
+        RuntimeError: it failed, or the time is over; with what Ray says about it.
+    """
+    until = time.monotonic() + timeout_s
+    while True:
+        found = applications().get(APP, {"status": "NOT_STARTED", "message": ""})
+        if found["status"] == "RUNNING":
+            return
+        late = time.monotonic() > until
+        if late or found["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise RuntimeError(f"the cluster says {found['status']}: {found['message']}")
+        time.sleep(POLL_S)

@@ -1,0 +1,294 @@
+"""The plan of an evaluation, and the parts that it is carried out in. No Ray.
+
+The plan fixes index, label, seed and batch of every image, so whoever draws a chunk, its bytes are
+the same on the same kind of device and build. A chunk becomes one Parquet file: features, logits
+and a digest of the pixels of each image. A part that is damaged, or of another plan, counts as
+missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from jitmodel.config import Config, FlowConfig, ModelConfig, SamplerConfig
+from jitmodel.model import JiT
+from jitmodel.pixels import to_pixels
+from jitmodel.sampler import guidance_acts, sample, start_noise, times
+from pipelines import storage
+from pipelines.features import Extractor
+from pipelines.images import encode
+from pipelines.metrics import Array
+
+logger = logging.getLogger(__name__)
+
+SHOWN_CLASSES, SHOWN_EACH = 10, 8
+"""Rows and columns of the report's picture; the images in it are stored with their features."""
+
+MIN_IMAGES = 10
+"""Inception score has ten splits, and none may be empty."""
+
+
+class Plan(Config):
+    """All that decides the pixels and features of an evaluation."""
+
+    format_version: Literal[1] = 1
+    num_images: int
+    batch: int
+    chunk_batches: int
+    seed: int
+    precision: Literal["fp32", "bf16"]
+    sampler: SamplerConfig
+    model: ModelConfig
+    flow: FlowConfig
+    weights_sha256: str
+    extractor: dict[str, str | int]
+    """Identity of the feature extractor."""
+    device: Literal["cpu", "cuda"]
+    torch: str
+    """Version that draws: another one may round differently."""
+
+    def check(self) -> Self:
+        """This plan, if it can be carried out.
+
+        Raises:
+            ValueError: there are too few images, the classes do not divide them, or they have
+                no three colours.
+        """
+        classes = self.model.num_classes
+        if self.num_images < MIN_IMAGES:
+            raise ValueError(
+                f"{self.num_images} images are too few for the metrics: draw at least {MIN_IMAGES}"
+            )
+        if self.num_images % classes:
+            low = self.num_images // classes * classes
+            near = f"{low} or {low + classes}" if low else str(classes)
+            raise ValueError(
+                f"{self.num_images} images cannot be spread evenly over {classes} classes: "
+                f"choose {near}"
+            )
+        if self.model.in_channels != 3:
+            raise ValueError(
+                f"the model draws {self.model.in_channels} channels; extractors see RGB images"
+            )
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the plan."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json")).encode()).hexdigest()
+
+    @property
+    def num_chunks(self) -> int:
+        """Parts that the images come in."""
+        return -(-self.num_images // (self.batch * self.chunk_batches))
+
+    def rows(self, chunk: int) -> range:
+        """Indices of a chunk's images."""
+        size = self.batch * self.chunk_batches
+        return range(chunk * size, min(self.num_images, (chunk + 1) * size))
+
+    def label(self, index: int) -> int:
+        """Class of an image; any first images are spread evenly too."""
+        return index % self.model.num_classes
+
+    def is_shown(self, index: int) -> bool:
+        """Whether the image is one of the report's picture."""
+        step = max(1, self.model.num_classes // SHOWN_CLASSES)
+        row, rest = divmod(self.label(index), step)
+        return rest == 0 and row < SHOWN_CLASSES and index // self.model.num_classes < SHOWN_EACH
+
+    def network_evaluations(self) -> int:
+        """Images that pass the network for one drawn image; a guided time counts twice."""
+        total = 0
+        config = self.sampler
+        low, high = (torch.tensor([end]) for end in config.cfg_interval)
+        scale = torch.tensor([config.cfg_scale])
+        grid = times(config.steps)
+        for i in range(config.steps):
+            both = config.solver == "heun" and i + 1 < config.steps
+            for t in grid[i : i + 2 if both else i + 1]:
+                total += 1 + int(guidance_acts(t[None], scale, low, high))
+        return total
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Fields in which two plans differ, with both values."""
+    lines = []
+    for key in sorted(found.keys() | wanted.keys()):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key} is {a} there, {b} here")
+    return lines
+
+
+@dataclass(frozen=True)
+class Part:
+    """The drawn images of a chunk, in the plan's order."""
+
+    label: Array
+    sha256: list[bytes]
+    """Digest of each image's pixels, uint8 [3, H, W]."""
+    features: Array
+    logits: Array
+    shown: dict[int, bytes]
+    """PNGs of the images for the report, by index."""
+    device: str
+    """What drew them."""
+
+
+def device_name(device: torch.device) -> str:
+    """What kind of device draws here; other kinds may round differently."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def draw(
+    model: JiT, extractor: Extractor, plan: Plan, chunk: int, device: torch.device
+) -> tuple[Part, Array]:
+    """Draw and judge a chunk.
+
+    Returns:
+        The part, and the pixels, uint8 [N, 3, H, W].
+
+    Raises:
+        ValueError: an image is not finite.
+    """
+    features, logits, pixels = [], [], []
+    rows = plan.rows(chunk)
+    for first in range(rows.start, rows.stop, plan.batch):
+        index = torch.arange(first, min(first + plan.batch, rows.stop), device=device)
+        drawn = draw_batch(model, plan, index)
+        found = extractor(drawn)
+        features.append(found[0].cpu().numpy())
+        logits.append(found[1].cpu().numpy())
+        pixels.append(drawn.cpu().numpy())
+    images = np.concatenate(pixels)
+    part = Part(
+        label=np.array([plan.label(i) for i in rows]),
+        sha256=[hashlib.sha256(image.tobytes()).digest() for image in images],
+        features=np.concatenate(features),
+        logits=np.concatenate(logits),
+        shown={
+            index: encode(image, "png")
+            for index, image in zip(rows, channels_last(images), strict=True)
+            if plan.is_shown(index)
+        },
+        device=device_name(device),
+    )
+    return part, images
+
+
+def draw_batch(model: JiT, plan: Plan, index: Tensor) -> Tensor:
+    """Pixels of the images of these indices, drawn together, uint8 [B, 3, H, W].
+
+    Raises:
+        ValueError: an image is not finite.
+    """
+    e = start_noise(plan.flow, plan.model, plan.seed, index)
+    y = index % plan.model.num_classes
+    with torch.autocast(index.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+        x = sample(model, y, e, plan.sampler)
+    broken = ~x.isfinite().flatten(1).all(1)
+    if broken.any():
+        raise ValueError(
+            f"image {index[broken][0].item()} of class {y[broken][0].item()} is not finite: "
+            f"the model diverged, or --precision {plan.precision} does not suit it"
+        )
+    return to_pixels(x)
+
+
+def channels_last(images: Array) -> Array:
+    """Pixels [N, 3, H, W] as [N, H, W, 3]."""
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+
+def part_uri(output: str, chunk: int) -> str:
+    """Where the features of a chunk are."""
+    return storage.join(output, "features", f"part-{chunk:05d}.parquet")
+
+
+def images_uri(output: str, chunk: int) -> str:
+    """Where the images of a chunk are, if they are kept."""
+    return storage.join(output, "images", f"part-{chunk:05d}.parquet")
+
+
+def write_part(uri: str, part: Part, plan: Plan, chunk: int) -> None:
+    """Publish a part; the bytes are a function of the part and of pyarrow's version."""
+    rows = plan.rows(chunk)
+    columns = {
+        "index": pa.array(rows, pa.int64()),
+        "label": pa.array(part.label, pa.int64()),
+        "sha256": pa.array(part.sha256, pa.binary(32)),
+        "features": _vectors(part.features),
+        "logits": _vectors(part.logits),
+        "shown": pa.array([part.shown.get(i) for i in rows], pa.binary()),
+    }
+    metadata = {"plan": plan.sha256, "device": part.device}
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.table(columns).replace_schema_metadata(metadata),
+        sink,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_part(uri: str, plan: Plan, chunk: int) -> Part | None:
+    """A part that was published; None if it is missing, damaged, or of another plan."""
+    try:
+        with storage.open_input(uri) as source:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            table = file.read()
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowException) as error:
+        logger.warning("%s is damaged and will be drawn again: %s", uri, error)
+        return None
+    metadata = table.schema.metadata or {}
+    if metadata.get(b"plan") != plan.sha256.encode() or table["index"].to_pylist() != list(
+        plan.rows(chunk)
+    ):
+        logger.warning("%s belongs to another plan and will be drawn again", uri)
+        return None
+    shown = zip(plan.rows(chunk), table["shown"].to_pylist(), strict=True)
+    return Part(
+        label=table["label"].to_numpy(),
+        sha256=table["sha256"].to_pylist(),
+        features=_matrix(table["features"]),
+        logits=_matrix(table["logits"]),
+        shown={index: image for index, image in shown if image is not None},
+        device=metadata[b"device"].decode(),
+    )
+
+
+def pixels_sha256(parts: Sequence[Part]) -> str:
+    """Digest over the digests of all images, in the plan's order."""
+    return hashlib.sha256(b"".join(digest for part in parts for digest in part.sha256)).hexdigest()
+
+
+def _vectors(values: Array) -> pa.FixedSizeListArray:
+    flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _matrix(column: pa.ChunkedArray) -> Array:
+    flat = column.combine_chunks().flatten().to_numpy()
+    return flat.reshape(len(column), -1)

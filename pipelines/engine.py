@@ -1,0 +1,517 @@
+"""The server's batching engine: requests join and leave the batch between network evaluations.
+
+Time is per image in `jitmodel.sampler`, so images at different points of their way, with different
+labels, guidance, solvers and numbers of steps, share one network call. An engine has a fixed number
+of slots; a slot holds one image. One tick is one guided evaluation of every occupied slot: finished
+images leave, waiting ones take their place at the next tick. An image is the one that
+`jitmodel.sampler.sample` draws for the same seed and settings, whatever else was in the batch.
+
+Who is next: the waiting request with the fewest images in slots, then the earliest deadline, so
+that one request for sixteen images does not keep sixteen requests for one image waiting, and
+neither can starve the other. What will not fit the queue, or not be done in time at the measured
+speed, is refused at once (`QueueFull`).
+
+Rows are gathered from the occupied slots, and the unconditional pass adds rows only for slots whose
+guidance is active, so the network's batch changes from tick to tick. On a CPU time grows with the
+rows (a demo-size network at 28 px, one core, fp32: 11 ms for 1 row, 16 for 2, 63 for 8, 122 for
+16), so filling one guided image up to the 16 rows of 8 slots would cost seven times its price.
+Where shapes must be few (a compiled network, CUDA graphs), `pad_to` names the batch sizes that the
+network ever sees; unused rows are zeros and their output is dropped.
+
+One thread runs the ticks (`start`); `submit` and `Future.cancel` may be called from any thread.
+Tests call `tick` themselves. Nothing here knows about HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from jitmodel.config import SamplerConfig
+from jitmodel.flow import per_image
+from jitmodel.sampler import Network, guided_velocity, start_noise, times
+
+logger = logging.getLogger(__name__)
+
+UNHEALTHY_FAILURES = 3
+RESERVE = 1.5
+"""A request is accepted if it would be in time even if all took this many times as long."""
+Preview = Callable[[int, int, Tensor], None]
+"""Called as (position in the request, step, x_pred [C, H, W] on the CPU) by the engine's thread."""
+
+
+class QueueFull(RuntimeError):
+    """There is no room for the request, or no time."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(TimeoutError):
+    """The request's time ran out before its images were done."""
+
+
+class EngineFailed(RuntimeError):
+    """A tick raised, or the engine was closed, while the request was being drawn."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One image to draw: what the sampler needs, and nothing else."""
+
+    label: int
+    seed: int
+    index: int
+    """Address of the start noise below the seed; image k of a request usually has index k."""
+    sampler: SamplerConfig
+
+    @property
+    def evaluations(self) -> int:
+        """Guided evaluations on the way from noise to image."""
+        steps = self.sampler.steps
+        return steps if self.sampler.solver == "euler" else 2 * steps - 1
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished request."""
+
+    images: list[Tensor]
+    """x of each drawing, [C, H, W] fp32 on the CPU."""
+    queued_s: float
+    """From submission until the first image had a slot."""
+    drawing_s: float
+    """From then until the last image was done."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """A submitted request; its drawings are dealt to slots from the first to the last."""
+
+    number: int
+    drawings: Sequence[Drawing]
+    submitted: float
+    deadline: float
+    future: Future[Drawn]
+    on_preview: Preview | None
+    preview_steps: Collection[int]
+    started: float = math.nan
+    dealt: int = 0
+    """Drawings that have, or had, a slot."""
+    images: dict[int, Tensor] = field(default_factory=dict)
+    """Finished drawings."""
+
+    @property
+    def running(self) -> int:
+        return self.dealt - len(self.images)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.drawings) - self.dealt
+
+
+@dataclass(eq=False)
+class _Slot:
+    """An image on its way."""
+
+    request: _Request
+    position: int
+    """Which of the request's drawings."""
+    times: Tensor
+    """The times of its steps, float32, on the CPU."""
+    step: int = 0
+    corrects: bool = False
+    """Whether the next evaluation is the second one of a Heun step."""
+
+    @property
+    def drawing(self) -> Drawing:
+        return self.request.drawings[self.position]
+
+    @property
+    def evaluations_left(self) -> int:
+        left = self.drawing.sampler.steps - self.step
+        if self.drawing.sampler.solver == "heun":
+            left = 2 * left - 1
+        return left - self.corrects
+
+    def advance(self) -> None:
+        """Moves on by one evaluation; Heun's last step is an Euler step."""
+        sampler = self.drawing.sampler
+        predicted = not self.corrects and sampler.solver == "heun"
+        if predicted and self.step < sampler.steps - 1:
+            self.corrects = True
+        else:
+            self.corrects = False
+            self.step += 1
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.drawing.sampler.steps
+
+
+class PaddedNetwork:
+    """A network that sees few batch sizes: rows of zeros fill a batch up to the next one."""
+
+    def __init__(self, network: Network, sizes: Sequence[int]) -> None:
+        self.network, self.sizes = network, sorted(sizes)
+        self.config, self.flow = network.config, network.flow
+
+    def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        more = next((size for size in self.sizes if size >= len(z)), len(z)) - len(z)
+        padded = (torch.cat((rows, rows.new_zeros(more, *rows.shape[1:]))) for rows in (z, t, y))
+        output: Tensor = self.network(*padded)
+        return output[: len(z)]
+
+
+class Engine:
+    """Draws images in a batch that they join and leave one by one."""
+
+    def __init__(
+        self,
+        network: Network,
+        device: torch.device,
+        *,
+        slots: int = 8,
+        max_queue: int = 64,
+        pad_to: Sequence[int] = (),
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        """An engine without a thread yet.
+
+        Args:
+            network: the network, in evaluation mode, on `device`.
+            device: where it runs.
+            slots: images in the running batch.
+            max_queue: images that may wait beyond those that run.
+            pad_to: batch sizes that the network may see, up to 2 * slots; empty: any.
+            precision: compute type of the network; z, times and velocities stay fp32.
+        """
+        if pad_to and max(pad_to) < 2 * slots:
+            raise ValueError(f"pad_to {list(pad_to)} does not reach 2 * slots = {2 * slots}")
+        self.network = PaddedNetwork(network, pad_to) if pad_to else network
+        self.max_queue = max_queue
+        self.tick_s = 0.0
+        """Measured seconds of a tick with every slot occupied."""
+        self.failures = 0
+        """Ticks that raised since the last that did not."""
+        self.ticks, self.ticking_s, self.images = 0, 0.0, 0
+        """Ticks that drew, the seconds they took, and images that were finished, since ever."""
+        self._ended: float | None = None  # when the last tick ended, if images were on their way
+        self._pad_to = sorted(pad_to)
+        self._precision = precision
+        self._slots: list[_Slot | None] = [None] * slots
+        self._requests: list[_Request] = []  # neither finished nor refused
+        self._numbers = 0
+        self._changed = threading.Condition()  # guards the two lists and their entries
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+        c = network.config
+        self._device = device
+        self._z = torch.zeros(slots, c.in_channels, c.image_size, c.image_size, device=device)
+        self._z0 = torch.zeros_like(self._z)  # z at the start of the step
+        self._v0 = torch.zeros_like(self._z)  # velocity there
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread runs and ticks do not fail one after the other."""
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self.failures < UNHEALTHY_FAILURES
+
+    # -- what other threads call ---------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Occupied slots."""
+        return sum(slot is not None for slot in self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Images without a slot."""
+        with self._changed:
+            return sum(r.waiting for r in self._requests if not r.future.done())
+
+    def submit(
+        self,
+        drawings: Sequence[Drawing],
+        *,
+        timeout_s: float,
+        on_preview: Preview | None = None,
+        preview_steps: Collection[int] = (),
+    ) -> Future[Drawn]:
+        """Queues a request; cancelling the future frees its slots at the next tick.
+
+        Args:
+            drawings: the images; they are drawn together as far as slots allow.
+            timeout_s: seconds until the request fails with `DeadlineExceeded`.
+            on_preview: called with x_pred of every image at each of `preview_steps`; it must be
+                quick, the whole batch waits for it.
+            preview_steps: numbers of steps, from 0.
+
+        Raises:
+            QueueFull: no room, or other work leaves no time at the measured speed.
+            EngineFailed: the engine is closed.
+        """
+        capacity = len(self._slots) + self.max_queue
+        if not 1 <= len(drawings) <= capacity:
+            raise ValueError(f"a request holds 1 to {capacity} images, not {len(drawings)}")
+        now = time.monotonic()
+        future: Future[Drawn] = Future()
+        with self._changed:
+            if self._closed:
+                raise EngineFailed("the engine is closed: the server is shutting down")
+            self._forget(now)
+            images = sum(r.running + r.waiting for r in self._requests)
+            backlog_s = self._backlog() / len(self._slots) * self.tick_s
+            if images + len(drawings) > capacity:
+                raise QueueFull(
+                    f"{images} images are being drawn or wait, and {len(drawings)} more exceed "
+                    f"{len(self._slots)} slots and a queue of {self.max_queue}",
+                    backlog_s,
+                )
+            # Under overload every accepted request is the last one that fits, so an estimate
+            # without a reserve would let half of them come late.
+            needed_s = RESERVE * (backlog_s + self._expected_s(drawings))
+            if backlog_s > 0 and needed_s > timeout_s:  # an idle engine always tries
+                raise QueueFull(
+                    f"the images would take up to {needed_s:.1f} s ({RESERVE * backlog_s:.1f} s "
+                    f"of them waiting) and the deadline is {timeout_s:g} s",
+                    needed_s - timeout_s,
+                )
+            self._numbers += 1
+            self._requests.append(
+                _Request(
+                    number=self._numbers,
+                    drawings=tuple(drawings),
+                    submitted=now,
+                    deadline=now + timeout_s,
+                    future=future,
+                    on_preview=on_preview,
+                    preview_steps=preview_steps,
+                )
+            )
+            self._changed.notify_all()
+        return future
+
+    def start(self) -> None:
+        """Starts the thread that ticks while there is work."""
+        self._thread = threading.Thread(target=self._run, name="jit-engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops the thread and fails what is unfinished; a closed engine stays closed."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._fail(EngineFailed("the server is shutting down: send the request again"))
+
+    # -- what the engine's thread does -----------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Runs every batch size of `pad_to` (else the smallest and the largest), so that the first
+        request pays for no compilation, and measures a full tick."""
+        slots = len(self._slots)
+        for rows in [*self._pad_to, 1, 2 * slots]:
+            z = torch.zeros(rows, *self._z.shape[1:], device=self._device)
+            t = torch.zeros(rows, device=self._device)
+            y = torch.full((rows,), self.network.config.num_classes, device=self._device)
+            with self._computing():
+                self.network(z, t, y)
+                began = time.monotonic()
+                self.network(z, t, y).sum().item()  # waits for the device
+            self.tick_s = time.monotonic() - began  # of the last size, which is a full tick's
+
+    def tick(self) -> bool:
+        """One guided evaluation of every occupied slot; False when there was nothing to do.
+
+        What raises here fails the requests that are being drawn, and the engine goes on.
+        """
+        began = time.monotonic()
+        try:
+            with self._changed:
+                self._forget(began)
+                joined = self._admit(began)
+                batch = [(i, slot) for i, slot in enumerate(self._slots) if slot is not None]
+            if not batch:
+                self._ended = None
+                return False
+            with self._computing():
+                self._draw_noise(joined)
+                x_pred = self._evaluate(batch)
+                self._show(batch, x_pred)
+                self._advance(batch)
+        except Exception as error:
+            self.failures += 1
+            self._ended = None
+            logger.exception("a tick failed (%d in a row)", self.failures)
+            self._fail(
+                EngineFailed(f"drawing failed: {type(error).__name__}: {error}"), waiting=False
+            )
+            return True
+        self.failures = 0
+        now = time.monotonic()
+        # With what other threads took between two ticks of ongoing work, which delays images too.
+        seconds = now - (began if self._ended is None else self._ended)
+        self._ended = now if any(slot is not None for slot in self._slots) else None
+        self.ticks, self.ticking_s = self.ticks + 1, self.ticking_s + seconds
+        # Quick to see that ticks got slower, slow to believe that they got faster: what is
+        # accepted in a short lull would be late after it.
+        weight = (0.2 if seconds > self.tick_s else 0.02) * len(batch) / len(self._slots)
+        self.tick_s += weight * (seconds - self.tick_s)
+        return True
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closed and not self._requests:
+                    self._changed.wait()
+                if self._closed:
+                    return
+            self.tick()
+
+    def _forget(self, now: float) -> None:
+        """Fails late requests; drops what is done, failed or cancelled."""
+        for request in self._requests:
+            if now >= request.deadline and not request.future.done():
+                done, all_ = len(request.images), len(request.drawings)
+                seconds = request.deadline - request.submitted
+                _settle(
+                    request.future,
+                    DeadlineExceeded(f"{done} of {all_} images were done after {seconds:g} s"),
+                )
+        self._requests = [r for r in self._requests if not r.future.done()]
+
+    def _admit(self, now: float) -> list[tuple[int, _Slot]]:
+        """Frees the slots of dropped requests and deals waiting drawings to free slots."""
+        joined = []
+        for i, slot in enumerate(self._slots):
+            if slot is not None and not slot.request.future.done():
+                continue
+            self._slots[i] = None
+            waiting = [r for r in self._requests if r.waiting]
+            if not waiting:
+                continue
+            request = min(waiting, key=lambda r: (r.running, r.deadline, r.number))
+            if request.dealt == 0:
+                request.started = now
+            steps = request.drawings[request.dealt].sampler.steps
+            slot = _Slot(request, request.dealt, times(steps))
+            self._slots[i] = slot
+            request.dealt += 1
+            joined.append((i, slot))
+        return joined
+
+    def _draw_noise(self, joined: list[tuple[int, _Slot]]) -> None:
+        if not joined:
+            return
+        drawings = [slot.drawing for _, slot in joined]
+        seed = torch.tensor([d.seed for d in drawings], device=self._device)
+        index = torch.tensor([d.index for d in drawings], device=self._device)
+        e = start_noise(self.network.flow, self.network.config, seed, index)
+        self._z[[i for i, _ in joined]] = e
+
+    def _evaluate(self, batch: list[tuple[int, _Slot]]) -> Tensor:
+        """Moves z of every slot of the batch by one evaluation; x_pred of each."""
+        rows, slots = [i for i, _ in batch], [slot for _, slot in batch]
+        here = torch.stack([s.times[s.step] for s in slots])
+        next_ = torch.stack([s.times[s.step + 1] for s in slots])
+        again = torch.tensor([s.corrects for s in slots])
+        configs = [s.drawing.sampler for s in slots]
+        scale = torch.tensor([c.cfg_scale for c in configs])
+        low, high = torch.tensor([c.cfg_interval for c in configs]).T
+        y = torch.tensor([s.drawing.label for s in slots]).to(self._device)
+
+        z = self._z[rows]
+        t = torch.where(again, next_, here)
+        v, x_pred = guided_velocity(self.network, z, t, y, scale, low, high)
+        # Where the step begins, z0 = z and v0 = v, so that the mean below is v itself: one formula
+        # for Euler, Heun's prediction and Heun's correction.
+        again, dt = per_image(again.to(self._device)), per_image((next_ - here).to(self._device))
+        z0 = torch.where(again, self._z0[rows], z)
+        v0 = torch.where(again, self._v0[rows], v)
+        self._z[rows] = z0 + dt * ((v0 + v) / 2)
+        self._z0[rows], self._v0[rows] = z0, v0
+        return x_pred
+
+    def _computing(self) -> ExitStack:
+        """Contexts of every network call."""
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode())
+        bf16 = self._precision == "bf16"
+        stack.enter_context(torch.autocast(self._device.type, torch.bfloat16, enabled=bf16))
+        return stack
+
+    def _show(self, batch: list[tuple[int, _Slot]], x_pred: Tensor) -> None:
+        """Hands x_pred to the requests that asked for previews."""
+        for (_, slot), x in zip(batch, x_pred, strict=True):
+            request = slot.request
+            if request.on_preview is None or slot.corrects:
+                continue
+            if slot.step not in request.preview_steps:
+                continue
+            try:
+                request.on_preview(slot.position, slot.step, x.float().cpu())
+            except Exception as error:  # of this request only, not of its neighbours
+                logger.exception("a preview callback failed")
+                with self._changed:
+                    _settle(request.future, EngineFailed(f"the preview failed: {error}"))
+
+    def _advance(self, batch: list[tuple[int, _Slot]]) -> None:
+        """Moves every slot on; finished images leave."""
+        for i, slot in batch:
+            slot.advance()
+            if not slot.done:
+                continue
+            x = self._z[i].to("cpu", copy=True)  # waits for the device
+            request = slot.request
+            with self._changed:
+                self._slots[i] = None
+                self.images += 1
+                request.images[slot.position] = x
+                if len(request.images) == len(request.drawings):
+                    images = [request.images[k] for k in range(len(request.drawings))]
+                    queued_s = request.started - request.submitted
+                    drawing_s = time.monotonic() - request.started
+                    _settle(request.future, Drawn(images, queued_s, drawing_s))
+
+    def _fail(self, error: Exception, *, waiting: bool = True) -> None:
+        """Fails the requests that are being drawn, and with `waiting` also those that wait."""
+        with self._changed:
+            for request in self._requests:
+                if waiting or request.dealt:
+                    _settle(request.future, error)
+            self._requests = [r for r in self._requests if not r.future.done()]
+            self._slots = [None] * len(self._slots)
+
+    def _backlog(self) -> int:
+        """Evaluations that running and waiting images still need."""
+        waiting = (d.evaluations for r in self._requests for d in r.drawings[r.dealt :])
+        return sum(waiting) + sum(s.evaluations_left for s in self._slots if s is not None)
+
+    def _expected_s(self, drawings: Sequence[Drawing]) -> float:
+        """Seconds for a request's own images, once they have the slots."""
+        longest = max(d.evaluations for d in drawings)
+        return max(longest, sum(d.evaluations for d in drawings) / len(self._slots)) * self.tick_s
+
+
+def _settle(future: Future[Drawn], outcome: Drawn | Exception) -> None:
+    """Gives a future its outcome, unless it has one or was cancelled in the meantime."""
+    if future.done() or not future.set_running_or_notify_cancel():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -1,0 +1,140 @@
+"""Run folder or checkpoint -> artifact: one EMA as safetensors, with its config and model card.
+
+One process, no Ray, no process group: only the byte ranges of the one EMA are read, and neither
+the dataset nor a GPU is needed.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before what is slow to import: `--help` shall not wait for it
+    import sys
+
+    from pipelines.cli import main
+
+    raise SystemExit(main(["export", *sys.argv[1:]]))
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import yaml
+from torch import Tensor
+
+from jitmodel.artifact import CONFIG, WEIGHTS, ArtifactInfo, save_artifact
+from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
+from pipelines import checkpoints, storage
+from pipelines.checkpoints import Checkpoint
+from pipelines.config import ExportConfig, require
+from pipelines.versions import tool_versions
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: ExportConfig) -> None:
+    """Write the artifact of one EMA of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint.
+        ValueError: it has no such EMA.
+        PermissionError: the output cannot be written.
+    """
+    require(config, "source", "output")
+    found = checkpoints.find(config.source)
+    decays = found.meta.config["optimizer"]["ema_decays"]
+    if config.ema not in (0, *decays):
+        raise ValueError(
+            f"{found.uri} has no EMA of decay {config.ema}: choose from "
+            f"{', '.join(map(str, decays))}, or 0 for the raw weights"
+        )
+    if config.dry_run:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        print(f"{found.uri}: EMA {config.ema:g} -> {config.output}")
+        return
+    storage.check_writable(config.output)
+    with tempfile.TemporaryDirectory(prefix="jit-export-") as temporary:
+        folder = Path(temporary)
+        info = save_artifact(folder, read_weights(found, config.ema), artifact_info(found, config))
+        (folder / "README.md").write_text(model_card(info), encoding="utf-8")
+        storage.publish_folder(folder, config.output, last=CONFIG)
+    logger.info(
+        "%s: EMA %g of %s after %d images", config.output, config.ema, info.run, info.images_seen
+    )
+
+
+def read_weights(found: Checkpoint, ema: float) -> dict[str, Tensor]:
+    """State dict of one EMA, or of the raw weights for 0; nothing else is read."""
+    if not ema:
+        return checkpoints.read(found.uri, "model.")
+    # An EMA follows parameters; fixed tables are in the model only.
+    tables = checkpoints.read(found.uri, "model.pos_embed")
+    return {**checkpoints.read(found.uri, f"ema.{ema}."), "pos_embed": tables[""]}
+
+
+def artifact_info(found: Checkpoint, config: ExportConfig) -> ArtifactInfo:
+    """What the artifact says about itself."""
+    trained = found.meta.config
+    return ArtifactInfo(
+        model=ModelConfig.model_validate(trained["model"]),
+        flow=FlowConfig.model_validate(trained["flow"]),
+        sampler=SamplerConfig.model_validate(trained["sampler"]),
+        classes=found.meta.classes,
+        ema_decay=config.ema,
+        images_seen=found.meta.images_seen,
+        run=found.meta.run,
+        dataset_fingerprint=found.meta.data,
+        versions=tool_versions(),
+    )
+
+
+def model_card(info: ArtifactInfo) -> str:
+    """README.md with the Hub's front matter."""
+    front = {
+        "library_name": "jit-on-ray",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["jit", "diffusion", "flow-matching", "pixel-space", "class-conditional"],
+    }
+    model, sampler = info.model, info.sampler
+    average = f"exponential moving average, decay {info.ema_decay:g}"
+    low, high = sampler.cfg_interval
+    names = ", ".join(c.name.split(",")[0] for c in info.classes[:10])
+    more = f" and {len(info.classes) - 10} more" if len(info.classes) > 10 else ""
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {info.run}
+
+A JiT (Li & He, "Back to Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720): a
+plain Transformer that draws images of {model.image_size} x {model.image_size} pixels of a class,
+without a latent space.
+
+| | |
+| --- | --- |
+| network | patch {model.patch_size}, width {model.hidden_size}, depth {model.depth}, {model.num_heads} heads |
+| classes | {model.num_classes}: {names}{more} |
+| weights | {average if info.ema_decay else "raw"}, after {info.images_seen:,} images |
+| prediction, loss | {info.flow.prediction}-prediction, {info.flow.loss}-loss |
+| recommended sampling | {sampler.solver}, {sampler.steps} steps, guidance {sampler.cfg_scale:g} in ({low:g}, {high:g}) |
+| dataset | fingerprint `{info.dataset_fingerprint}` |
+| sha256 of {WEIGHTS} | `{info.weights_sha256}` |
+
+```python
+import torch
+from pathlib import Path
+from jitmodel.artifact import load_artifact
+from jitmodel.config import SamplerConfig
+from jitmodel.pixels import to_pixels
+from jitmodel.sampler import sample, start_noise
+
+model = load_artifact(Path("."))
+y = torch.tensor([0])  # the class: {json.dumps(info.classes[0].name) if info.classes else "0"}
+e = start_noise(model.flow, model.config, seed=0, index=torch.arange(len(y)))
+sampler = SamplerConfig(
+    steps={sampler.steps}, solver="{sampler.solver}", cfg_scale={sampler.cfg_scale:g},
+    cfg_interval=({low:g}, {high:g}),
+)
+pixels = to_pixels(sample(model, y, e, sampler))  # uint8 [1, 3, {model.image_size}, {model.image_size}]
+```
+
+Or `jit serve` with the URI of this folder.
+"""  # noqa: E501 - a table row is one line

@@ -1,0 +1,204 @@
+"""What stands before Ray's proxy: whole bodies only, another try, and errors in one shape.
+
+Ray's proxy passes bodies on piece by piece, cuts the connection when a replica dies under a request
+and tells its own troubles as plain text. As a middleware of the proxy (`middlewares`, which Ray
+imports from RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) this module reads a body to its end, within
+limits of size and time, before any replica hears of the request; sends a request again when the
+replica died before it answered, which is safe because drawing changes nothing; and gives errors
+OpenAI's shape. Without it the server works, but says such things less kindly.
+
+It lives in the proxy's process, so it imports neither torch nor anything of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 * 1024
+MAX_DRAINED_BYTES = 256 * 2**20
+BODY_TIMEOUT_S = 30.0
+ATTEMPTS = 3
+HEALTH = "/-/healthz"
+OF_RAY = {  # status of Ray's -> ours, with what it means
+    404: (503, "the server is starting, or is being replaced"),
+    408: (504, "the server did not answer in time"),
+    429: (429, "too many requests wait for a replica"),
+    500: (503, "the replica that was drawing failed"),
+    503: (503, "no replica is there to answer"),
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, for a person and for a program."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """Body of every error."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An error with its HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
+
+    def body(self) -> dict[str, Any]:
+        return ErrorAnswer(error=self.detail).model_dump()
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+async def pieces(receive: Receive) -> AsyncIterator[bytes]:
+    """The body of a request; it ends early where the client hangs up."""
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionResetError("the client hung up")
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
+
+
+async def read_body(body: AsyncIterator[bytes]) -> bytes:
+    """A whole body.
+
+    Raises:
+        ApiError: it is too large (it was read and dropped, so that the client comes to read the
+            answer), or does not arrive in time.
+    """
+    read, total = b"", 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in body:
+                total += len(piece)
+                read = read + piece if total <= MAX_BODY_BYTES else b""
+                if total > MAX_DRAINED_BYTES:
+                    break
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s", code="request_timeout"
+        ) from None
+    if total > MAX_BODY_BYTES:
+        raise ApiError(413, f"the body exceeds {MAX_BODY_BYTES} bytes", code="request_too_large")
+    return read
+
+
+class Front:
+    """The middleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http" or scope["path"] == HEALTH:
+            return await self.app(scope, receive, send)
+        if scope["path"].startswith("/-/"):  # Ray's table of routes is nobody's business
+            closed = ApiError(404, f"there is nothing at {scope['path'][:200]}", code="unknown_url")
+            return await closed.response()(scope, receive, send)
+        try:
+            body = await read_body(pieces(receive))
+        except ApiError as error:
+            return await error.response()(scope, receive, send)
+        except ConnectionResetError:
+            return None
+        for attempt in range(1, ATTEMPTS + 1):
+            trial = _Trial(body, receive, send)
+            try:
+                await self.app(scope, trial.receive, trial.send)
+            except Exception:
+                logger.exception("the proxy failed")
+            if trial.client_left:
+                return None
+            if trial.started:
+                return await trial.finish()
+            if trial.status not in (None, 500) or attempt == ATTEMPTS:
+                break
+            logger.warning("a replica died under a request: trying again (%d)", attempt)
+        status, reason = OF_RAY[trial.status or 500]
+        failure = ApiError(
+            status,
+            f"{reason}: try again in a moment",
+            type="server_error",
+            code="unavailable",
+            headers=None if status == 504 else {"Retry-After": "2"},
+        )
+        return await failure.response()(scope, receive, send)
+
+
+class _Trial:
+    """One attempt at a request: hands in the body, lets an answer of ours through."""
+
+    def __init__(self, body: bytes, receive: Receive, send: Send) -> None:
+        self._body: bytes | None = body
+        self._receive, self._send = receive, send
+        self.client_left = False
+        self.started = False
+        """Whether the client has the beginning of an answer."""
+        self.status: int | None = None
+        """Status of an answer that was Ray's own and was kept back."""
+        self._streams = self._ended = False
+
+    async def receive(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        message = await self._receive()
+        self.client_left = self.client_left or message["type"] == "http.disconnect"
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kind = dict(message.get("headers", [])).get(b"content-type", b"")
+            if message["status"] in OF_RAY and not kind.startswith(b"application/json"):
+                self.status = message["status"]
+                return
+            self.started, self._streams = True, kind.startswith(b"text/event-stream")
+        if self.status is None:
+            self._ended = message["type"] == "http.response.body" and not message.get("more_body")
+            await self._send(message)
+
+    async def finish(self) -> None:
+        """Ends a stream that broke off with an event that says so."""
+        if self._ended or not self._streams:
+            return
+        error = ApiError(
+            503, "the replica that was drawing failed", type="server_error", code="unavailable"
+        )
+        event = f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray's proxy asks for."""
+    return [Middleware(Front)]

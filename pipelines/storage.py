@@ -1,0 +1,691 @@
+"""A URI is opened here: read, list, write, publish; local folders and S3 alike.
+
+A URI is a plain path, file:///path or s3://bucket/key. What is written appears whole or not at
+all: locally as a temporary file that is renamed, on S3 as a single PUT. Credentials, region and
+endpoint come from the usual AWS environment and files, never from a URI.
+
+Objects go through boto3, which knows conditional writes and says why a request failed; Parquet
+is read through pyarrow's file systems, by ranges. A store that is slow, resets connections or
+cuts answers short is asked again, later and later with jitter, until a deadline; one that refuses
+us is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from urllib.parse import unquote
+
+import pyarrow as pa
+import tenacity
+from pyarrow import fs
+
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+S3 = "s3://"
+ATTEMPTS = 30
+"""Times that pyarrow asks for a range; it waits at most 20 s in between."""
+DEADLINE_S = 180.0
+"""How long a store may fail a request until we give up."""
+PATIENT_TRIES = 4
+"""Tries that go by without a word in the log."""
+TEMPORARY = ".tmp-"
+"""Start of the name of a file that is being written."""
+NOTHING_THERE = "there is no file or folder at {uri}: mend the URI, or run the stage that writes it"
+
+# What decides which S3 a client talks to, and as whom.
+_ENVIRONMENT = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_PROFILE",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
+
+
+_REFUSALS = ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch",
+             "InvalidToken", "TokenRefreshRequired")  # fmt: skip
+_BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "InternalError",
+         "ConditionalRequestConflict")  # fmt: skip
+
+
+class FileEntry(NamedTuple):
+    """A file that was found in a folder."""
+
+    uri: str
+    relative: str
+    """Its path below the folder, with forward slashes."""
+    bytes: int
+
+
+def join(uri: str, *parts: str) -> str:
+    """A URI below another one; a file:// URI becomes a plain path, so that % means itself."""
+    base = str(local_path(uri)) if uri.startswith("file://") else uri
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def local_path(uri: str) -> Path | None:
+    """Where a URI is on this machine; None for one that is elsewhere.
+
+    Raises:
+        ValueError: the URI is empty or of a kind that is not supported.
+    """
+    if not uri:
+        raise ValueError("an empty URI: expected a path, file:///path or s3://bucket/key")
+    if uri.startswith("file://"):
+        return Path(unquote(uri.removeprefix("file://")))
+    if uri.startswith(S3):
+        return None
+    if "://" in uri:
+        raise ValueError(f"cannot open {uri}: expected a path, file:///path or s3://bucket/key")
+    return Path(uri)
+
+
+def absolute(uri: str) -> str:
+    """The URI that means the same in every process of this machine, whatever its folder is."""
+    path = local_path(uri)
+    return uri.rstrip("/") if path is None else str(path.absolute())
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """pyarrow's file system of a URI, and the path in it."""
+    path = local_path(uri)
+    if path is not None:
+        return fs.LocalFileSystem(), str(path.absolute())
+    bucket, key = _bucket_key(uri)
+    return _s3_filesystem(_environment()), f"{bucket}/{key}"
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """A file to read by ranges.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    system, path = filesystem(uri)
+    with honest_errors(uri):
+        return system.open_input_file(path)
+
+
+@contextlib.contextmanager
+def honest_errors(uri: str) -> Iterator[None]:
+    """Turn the errors of a store that refuses us into a PermissionError that names the URI.
+
+    For what reads a file that open_input opened: pyarrow has one kind of error for all.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError as error:
+        if local_path(uri) is None:
+            refusal = _refusal(uri)
+            if refusal:
+                raise refusal from error
+        raise
+
+
+def _refusal(uri: str) -> PermissionError | None:
+    """Why the store refuses us, if it does; its answer to HEAD has no body that would say so."""
+    try:
+        read_bytes(uri, 0, 1)
+    except PermissionError as error:
+        return error
+    except OSError:
+        pass
+    return None
+
+
+class Version(NamedTuple):
+    """What tells a file from a later one of the same name."""
+
+    bytes: int
+    mark: str
+    """Its time of change, or S3's ETag."""
+
+
+def version(uri: str) -> Version:
+    """The version of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = local_path(uri)
+    if path is not None:
+        found = path.stat()
+        return Version(found.st_size, str(found.st_mtime_ns))
+    bucket, key = _bucket_key(uri)
+    with honest_errors(uri):
+        answer = _send(uri, lambda: _client().head_object(Bucket=bucket, Key=key))
+    return Version(answer["ContentLength"], answer["ETag"])
+
+
+class Ranges:
+    """A file that many small ranges are read from; use it in a `with` block.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.size = version(uri).bytes
+        path = local_path(uri)
+        self._file = None if path is None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+    def read(self, first: int, length: int) -> bytes:
+        """Bytes from `first` on: `length` of them, or what there is until the end."""
+        length = max(min(length, self.size - first), 0)
+        if self._file is None:
+            return read_bytes(self.uri, first, length) if length else b""
+        return os.pread(self._file, length, first)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file, or a folder with something in it on S3."""
+    path = local_path(uri)
+    if path is not None:
+        return path.exists()
+    bucket, key = _bucket_key(uri)
+    folder = f"{key.rstrip('/')}/"
+    with contextlib.suppress(FileNotFoundError):
+        for prefix, wanted in ((key, key), (folder, folder)):
+            request = {"Bucket": bucket, "MaxKeys": 1, "Prefix": prefix}
+            answer = _send(uri, functools.partial(_client().list_objects_v2, **request))
+            if any(k == wanted or wanted == folder for k, _ in _page(answer)):
+                return True
+    return False
+
+
+def read_bytes(uri: str, first: int = 0, length: int | None = None) -> bytes:
+    """A file, or `length` bytes of it from byte `first` on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it ended before `length` bytes were read.
+    """
+    path = local_path(uri)
+    if path is not None:
+        with path.open("rb") as file:
+            file.seek(first)
+            found = file.read(-1 if length is None else length)
+    else:
+        bucket, key = _bucket_key(uri)
+        last = "" if length is None else first + length - 1
+        extra = {"Range": f"bytes={first}-{last}"} if first or length is not None else {}
+        get = functools.partial(_client().get_object, Bucket=bucket, Key=key, **extra)
+        found = _send(uri, lambda: get()["Body"].read())
+    if length is not None and len(found) != length:
+        raise OSError(f"short read of {uri}: {len(found)} bytes at {first} instead of {length}")
+    return found
+
+
+def read_json(uri: str) -> Any:
+    """What a JSON file holds."""
+    return json.loads(read_bytes(uri))
+
+
+@contextlib.contextmanager
+def staged(uri: str) -> Iterator[Path]:
+    """A local temporary file to write; it becomes the file at `uri` when the block ends well."""
+    target = local_path(uri)
+    if target is None:
+        with tempfile.TemporaryDirectory(prefix="jit-") as folder:
+            path = Path(folder) / "file"
+            yield path
+            _send(uri, lambda: _put(uri, path))
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        yield path
+        _sync(path)
+        path.replace(target)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def write_bytes(uri: str, data: bytes, *, if_absent: bool = False) -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        uri: the file.
+        data: what it shall hold.
+        if_absent: let one writer win: refuse to replace a file that holds something else.
+
+    Raises:
+        FileExistsError: with if_absent, the file exists and differs.
+    """
+    if not if_absent:
+        with staged(uri) as temporary:
+            temporary.write_bytes(data)
+    elif not _create(uri, data) and read_bytes(uri) != data:
+        # Equal bytes mean that our own write was repeated after its answer got lost.
+        raise FileExistsError(errno.EEXIST, "another writer made it first", uri)
+
+
+def write_json(uri: str, value: Any, *, if_absent: bool = False) -> None:
+    """Write a value as JSON, indented, keys in the order given."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(uri, text.encode(), if_absent=if_absent)
+
+
+def list_files(uri: str, *, suffixes: tuple[str, ...] | None = None) -> list[FileEntry]:
+    """Files below a folder at any depth, sorted by their path.
+
+    Links are followed, as PyTorch's ImageFolder does; a loop of links is entered once.
+
+    Args:
+        uri: the folder.
+        suffixes: endings to keep, in lower case; case does not matter.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    found = [
+        entry
+        for entry in _walk(uri)
+        if suffixes is None or entry.relative.lower().endswith(suffixes)
+    ]
+    return sorted(found, key=lambda entry: os.fsencode(entry.relative))
+
+
+def list_folder(uri: str) -> tuple[list[str], list[FileEntry]]:
+    """Names of the folders, and the files, directly in a folder; both sorted.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    path = local_path(uri)
+    folders, files = [], []
+    if path is not None:
+        for entry in _scan(path, uri):
+            if _is_folder(entry):
+                folders.append(entry.name)
+            elif _is_file(entry):
+                files.append(FileEntry(join(uri, entry.name), entry.name, _size(Path(entry.path))))
+    else:
+        bucket, prefix = _folder_key(uri)
+        for page in _pages(uri, Bucket=bucket, Prefix=prefix, Delimiter="/"):
+            folders += [p["Prefix"][len(prefix) : -1] for p in page.get("CommonPrefixes", ())]
+            files += [
+                FileEntry(f"{S3}{bucket}/{key}", key[len(prefix) :], size)
+                for key, size in _page(page)
+                if key != prefix
+            ]
+        if not folders and not files:
+            raise _no_folder(uri)
+    return sorted(folders, key=os.fsencode), sorted(files, key=lambda e: os.fsencode(e.relative))
+
+
+def delete(uri: str) -> None:
+    """Remove a file, or a folder with all it holds; fine where there is neither."""
+    path = local_path(uri)
+    if path is not None:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    bucket, key = _bucket_key(uri)
+    keys = [key]
+    for page in _pages(uri, Bucket=bucket, Prefix=f"{key.rstrip('/')}/"):
+        keys += [found for found, _ in _page(page)]
+    for found in keys:
+        _send(uri, functools.partial(_client().delete_object, Bucket=bucket, Key=found))
+
+
+def fetch(uri: str) -> Path:
+    """A file or folder on this machine: itself, or a download that is made once and kept.
+
+    Downloads are kept by URI and content under JIT_CACHE, by default ~/.cache/jit-on-ray.
+
+    Raises:
+        FileNotFoundError: there is nothing at the URI.
+    """
+    path = local_path(uri)
+    if path is not None:
+        if not path.exists():
+            raise FileNotFoundError(NOTHING_THERE.format(uri=uri))
+        return path.absolute()
+    bucket, key = _bucket_key(uri)
+    objects = []
+    for prefix in (key, f"{key.rstrip('/')}/"):
+        for page in _pages(uri, Bucket=bucket, Prefix=prefix):
+            for item in page.get("Contents", ()):
+                if item["Key"] == key or item["Key"].startswith(f"{key.rstrip('/')}/"):
+                    objects.append((item["Key"], item["ETag"], item["Size"]))
+        if objects:
+            break
+    if not objects:
+        raise FileNotFoundError(NOTHING_THERE.format(uri=uri))
+    digest = hashlib.sha256(repr((uri, objects)).encode()).hexdigest()[:20]
+    cache = Path(os.environ.get("JIT_CACHE") or Path.home() / ".cache" / "jit-on-ray")
+    target = cache / digest / Path(key).name
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=TEMPORARY) as folder:
+        top = Path(folder) / digest
+        for name, _, _ in objects:
+            place = top / target.name / name[len(key) :].strip("/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            download = functools.partial(_client().download_file, bucket, name, str(place))
+            _send(uri, download)
+        with contextlib.suppress(OSError):  # another process was quicker
+            top.rename(cache / digest)
+    return target
+
+
+def copy_in(path: Path, uri: str) -> None:
+    """Copy a local file to a URI."""
+    with staged(uri) as temporary:
+        shutil.copyfile(path, temporary)
+
+
+def publish_folder(folder: Path, uri: str, *, last: str) -> None:
+    """Copy a local folder to a URI; the file named `last` is the one that publishes the rest."""
+    files = [entry.relative for entry in list_files(str(folder))]
+    assert last in files, (last, files)
+    for relative in [name for name in files if name != last] + [last]:
+        copy_in(folder / relative, join(uri, relative))
+
+
+def check_writable(uri: str) -> None:
+    """Try to write below a folder that may not exist yet; leaves nothing behind.
+
+    Raises:
+        PermissionError: nothing can be written there.
+        NotADirectoryError: there is a file where a folder must be.
+    """
+    path = local_path(uri)
+    if path is None:
+        probe = join(uri, f"{TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            write_bytes(probe, b"")
+            delete(probe)
+        except OSError as error:
+            raise PermissionError(f"cannot write to {uri}: {error}") from error
+        return
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"cannot write to {uri}: {folder} is a file")
+    try:
+        Path(tempfile.mkdtemp(dir=folder, prefix=TEMPORARY)).rmdir()
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {uri}: {error.strerror} ({folder}). Choose a folder that this user "
+            "may write to."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _create(uri: str, data: bytes) -> bool:
+    """Write a file that must not exist yet; whether it did not."""
+    target = local_path(uri)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            target.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+    bucket, key = _bucket_key(uri)
+    put = functools.partial(_client().put_object, Bucket=bucket, Key=key, Body=data)
+    try:
+        _send(uri, lambda: put(IfNoneMatch="*"))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _put(uri: str, path: Path) -> None:
+    bucket, key = _bucket_key(uri)
+    with path.open("rb") as body:
+        _client().put_object(Bucket=bucket, Key=key, Body=body)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nothing: whoever reads it says so
+        return 0
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link to nothing; not a pipe or device, which could block."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
+    except OSError:  # a link to itself
+        return True
+
+
+def _no_folder(uri: str) -> FileNotFoundError:
+    return FileNotFoundError(f"no folder at {uri}: check the path, or what it is mounted from")
+
+
+def _scan(path: Path, uri: str) -> list[os.DirEntry[str]]:
+    if not path.exists():
+        raise _no_folder(uri)
+    if not path.is_dir():
+        raise NotADirectoryError(f"{uri} is a file, not a folder")
+    with os.scandir(path) as entries:
+        return list(entries)
+
+
+def _walk(uri: str) -> Iterator[FileEntry]:
+    path = local_path(uri)
+    if path is None:
+        bucket, prefix = _folder_key(uri)
+        found = False
+        for page in _pages(uri, Bucket=bucket, Prefix=prefix):
+            for key, size in _page(page):
+                found = True
+                if not key.endswith("/"):
+                    yield FileEntry(f"{S3}{bucket}/{key}", key[len(prefix) :], size)
+        if not found:
+            raise _no_folder(uri)
+        return
+    seen = set()
+    stack = [(path, "")]
+    while stack:
+        folder, relative = stack.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        for entry in _scan(folder, join(uri, relative) if relative else uri):
+            below = f"{relative}{entry.name}"
+            if _is_folder(entry):
+                stack.append((Path(entry.path), f"{below}/"))
+            elif _is_file(entry):
+                yield FileEntry(join(uri, below), below, _size(Path(entry.path)))
+
+
+def _bucket_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix(S3).partition("/")
+    if not bucket or "@" in bucket:
+        raise ValueError(
+            f"{S3}{bucket.rpartition('@')[2]} is not s3://bucket/key; credentials belong in the "
+            "environment or ~/.aws"
+        )
+    return bucket, key
+
+
+def _folder_key(uri: str) -> tuple[str, str]:
+    bucket, key = _bucket_key(uri)
+    return bucket, f"{key.rstrip('/')}/" if key.strip("/") else ""
+
+
+def _environment() -> tuple[str | None, ...]:
+    return tuple(os.environ.get(name) for name in _ENVIRONMENT)
+
+
+def _client() -> BaseClient:
+    return _s3_client(_environment())
+
+
+@functools.lru_cache(maxsize=4)
+def _s3_client(environment: tuple[str | None, ...]) -> BaseClient:
+    import boto3
+    from botocore.config import Config
+
+    logging.getLogger("botocore").setLevel(logging.WARNING)
+    endpoint = environment[0] or environment[1]
+    session = boto3.Session()
+    return session.client(
+        "s3",
+        region_name=session.region_name or "us-east-1",
+        config=Config(
+            retries={"total_max_attempts": 1},  # _send tries again
+            connect_timeout=10,
+            read_timeout=60,
+            max_pool_connections=32,
+            # Names of other stores than Amazon's seldom resolve with the bucket in front.
+            s3={"addressing_style": "path" if endpoint else "auto"},
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _s3_filesystem(environment: tuple[str | None, ...]) -> fs.S3FileSystem:
+    return fs.S3FileSystem(
+        endpoint_override=environment[0] or environment[1],
+        region=_s3_client(environment).meta.region_name,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        connect_timeout=10,
+        request_timeout=60,
+    )
+
+
+def _pages(uri: str, **request: str) -> Iterator[dict[str, Any]]:
+    while True:
+        page = _send(uri, functools.partial(_client().list_objects_v2, **request))
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _page(page: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(item["Key"], item["Size"]) for item in page.get("Contents", ())]
+
+
+def _send(uri: str, request: Callable[[], T]) -> T:
+    """The answer to a request, asked again while the store is busy or broken.
+
+    Raises:
+        OSError: as for a local file, naming the URI.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=20),
+        stop=tenacity.stop_after_delay(DEADLINE_S),
+        before_sleep=functools.partial(_note, uri),
+        reraise=True,
+    )
+    with _errors(uri):
+        return retrying(request)
+
+
+def _note(uri: str, state: tenacity.RetryCallState) -> None:
+    if state.attempt_number == PATIENT_TRIES and state.outcome is not None:
+        error = state.outcome.exception()
+        logger.warning("%s: trying again for %.0f s after %s", uri, DEADLINE_S, error)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    from boto3.exceptions import Boto3Error
+    from botocore import exceptions as e
+
+    if isinstance(error, e.ClientError):
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        return status >= 500 or status == 429 or error.response["Error"]["Code"] in _BUSY
+    broken = (e.HTTPClientError, e.IncompleteReadError, e.ResponseStreamingError, Boto3Error)
+    return isinstance(error, (*broken, e.FlexibleChecksumError)) or (
+        isinstance(error, OSError) and error.errno in (errno.ECONNRESET, errno.EPIPE)
+    )
+
+
+def _refused(uri: str, code: str) -> PermissionError:
+    if code in ("ExpiredToken", "TokenRefreshRequired"):
+        return PermissionError(
+            f"the credentials for {uri} have expired ({code}): renew them and run the same command "
+            "again"
+        )
+    return PermissionError(
+        f"{uri}: the store refuses the credentials ({code}): check AWS_ACCESS_KEY_ID, AWS_PROFILE "
+        "or the role, and the bucket's policy"
+    )
+
+
+@contextlib.contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    """Turn the errors of S3 into those that a local file would give, naming the URI."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    try:
+        yield
+    except NoCredentialsError as error:
+        raise PermissionError(
+            f"no AWS credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE, or a role"
+        ) from error
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        message = f"{uri}: {error.response['Error'].get('Message', code)} ({code})"
+        if status in (401, 403) or code in _REFUSALS:
+            raise _refused(uri, code) from error
+        if status == 404:
+            raise FileNotFoundError(message) from error
+        if status in (409, 412):
+            raise FileExistsError(message) from error
+        raise OSError(message) from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise OSError(f"{uri}: {error}") from error

@@ -1,0 +1,244 @@
+"""Dataset folder -> run folder, on a Ray cluster: `fit` in as many processes as there are workers.
+
+Ray Train places the processes, joins them by torch.distributed and starts them again when one
+dies; everything else is pipelines/fit.py. What Ray itself notes goes to `ray/` in the run folder
+and is deleted at the end: a run is continued from its own checkpoints.
+
+What can be refused is refused before a process starts: a dataset that is not there, a run that was
+started with other options, a storage that cannot be written, more workers than the cluster has.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before what is slow to import: `--help` shall not wait for it
+    import sys
+
+    from pipelines.cli import main
+
+    raise SystemExit(main(["train", *sys.argv[1:]]))
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import yaml
+from ray._private.worker import get_dashboard_url
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from pipelines import runtime, storage
+from pipelines.checkpoints import Checkpoint
+from pipelines.config import StageFailed, TrainConfig, require
+from pipelines.fit import NonFiniteLoss, fit, resume_point, run_uri
+from pipelines.shards import Manifest, read_manifest
+
+logger = logging.getLogger(__name__)
+
+
+WATCH_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+
+class RayContext:
+    """A process of Ray Train, as fit sees it."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self._steps = 0
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Tell Ray; the checkpoint is in the run folder already."""
+        ray.train.report(metrics)
+
+    def preempted(self) -> bool:
+        """Whether a node of this run is about to be taken away; asked in every tenth step.
+
+        The question is a barrier through an actor, and a cloud gives notice of minutes.
+        """
+        self._steps += 1
+        if self._steps % 10 or os.environ.get(WATCH_PREEMPTION) == "0":
+            return False
+        return ray.train.get_preemption_info() is not None
+
+
+class Trainer(ray.train.torch.TorchTrainer):
+    """Ray's trainer, without the actor that asks the dashboard every second where there is none.
+
+    It frees the workers' places when the trainer itself is killed. In a cluster that a command
+    started for itself, without a dashboard, everything ends with that command.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        if get_dashboard_url():  # type: ignore[no-untyped-call]
+            return callbacks
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+
+def worker(options: dict[str, Any]) -> dict[str, Any]:
+    """What each process runs; the answer of rank 0 is the answer of the run."""
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train's own reports are not news
+    logging.getLogger("pipelines").setLevel(logging.INFO)
+    context = RayContext()
+    if context.device.type == "cpu":
+        cpus = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cpus // ray.train.get_context().get_local_world_size()))
+    try:
+        result = fit(TrainConfig.model_validate(options), context)
+    except NonFiniteLoss as error:  # to start again would only meet it again
+        return {"stopped": str(error)}
+    return {"images_seen": result.images_seen, "checkpoint": result.checkpoint}
+
+
+def run(config: TrainConfig) -> None:
+    """Train, or go on training, until the run has seen all its images.
+
+    Raises:
+        FileNotFoundError: there is no dataset.
+        ValueError: options that do not fit the dataset, the run so far, or the cluster.
+        PermissionError: the storage cannot be written.
+        NonFiniteLoss: training diverged.
+        StageFailed: workers failed more often than max_failures.
+    """
+    require(config, "data", "storage", "name")
+    if "/" in config.name or config.name.startswith("."):
+        raise ValueError(f"--name {config.name!r} is not the name of a folder: leave out / and .")
+    config = config.model_copy(
+        update={"data": _absolute(config.data), "storage": _absolute(config.storage)}
+    )
+    manifest, folder = read_manifest(config.data), run_uri(config)
+    if not config.dry_run:
+        storage.check_writable(folder)
+    start = None if config.fresh else resume_point(config, manifest)
+    if config.dry_run:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        print(plan(config, manifest, start))
+        return
+    if start and start.meta.images_seen >= config.total_images:
+        logger.info(
+            "%s is finished: it has seen %d of %d images. Export it with `jit export %s`; raise "
+            "--total-images to go on, or add --fresh to start over.",
+            folder,
+            start.meta.images_seen,
+            config.total_images,
+            folder,
+        )
+        return
+    runtime.connect()
+    use_gpu = place(config.workers)
+    if config.fresh and storage.exists(folder):
+        logger.info("--fresh: the old run is now at %s", move_aside(folder))
+    logger.info(plan(config, manifest, start))
+    answer = launch(config, use_gpu=use_gpu)
+    if "stopped" in answer:
+        raise NonFiniteLoss(answer["stopped"])
+    logger.info("finished: %d images, %s", answer["images_seen"], answer["checkpoint"])
+
+
+def launch(
+    config: TrainConfig,
+    *,
+    use_gpu: bool,
+    worker: Callable[[dict[str, Any]], dict[str, Any]] = worker,
+) -> dict[str, Any]:
+    """Run `worker` in every process under Ray Train; the answer of rank 0.
+
+    Raises:
+        StageFailed: workers failed more often than max_failures.
+    """
+    os.environ[START_TIMEOUT] = str(config.start_timeout_s)
+    if not get_dashboard_url():  # type: ignore[no-untyped-call]
+        # Nobody announces the end of a cluster of one's own.
+        os.environ[WATCH_PREEMPTION] = "0"
+    notes = storage.join(run_uri(config), "ray")
+    system, path = storage.filesystem(notes)
+    # The ignored types are those of Train V1, which ray.train shows to a type checker.
+    trainer = Trainer(
+        worker,  # type: ignore[arg-type]
+        train_loop_config=config.model_dump(mode="json"),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+        ),
+        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name=time.strftime("%Y%m%dT%H%M%S"),
+            storage_path=path,
+            storage_filesystem=system,
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            # Without a limit, a controller that cannot place its workers tries for ever.
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                max_failures=config.max_failures, controller_failure_limit=0
+            ),
+        ),
+    )
+    try:
+        answer: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
+    except ray.train.TrainingFailedError as error:
+        raise StageFailed(
+            f"training of {run_uri(config)} failed: {error}\nThe same line again goes on from the "
+            "newest checkpoint."
+        ) from error
+    finally:
+        storage.delete(notes)
+    return answer
+
+
+def place(workers: int) -> bool:
+    """Whether workers get a GPU each, or a CPU each where the cluster has no GPU.
+
+    Raises:
+        ValueError: the cluster has too few, and cannot grow.
+    """
+    most = runtime.capacity()
+    kind = "GPU" if most["GPU"] else "CPU"
+    if workers > most[kind]:
+        raise ValueError(
+            f"--workers {workers}, but the cluster has {most[kind]:.0f} {kind}s and each worker "
+            f"needs one: use at most {most[kind]:.0f} workers, or a larger cluster"
+        )
+    return kind == "GPU"
+
+
+def plan(config: TrainConfig, manifest: Manifest, start: Checkpoint | None) -> str:
+    """What a run will do, in words."""
+    micro_batch, accumulation = config.split(config.workers)
+    seen = start.meta.images_seen if start else 0
+    steps = -(-(config.total_images - seen) // config.global_batch)
+    where = f"going on from {start.uri} at" if start else "starting at"
+    return (
+        f"{run_uri(config)}: {where} image {seen} of {config.total_images} "
+        f"({config.total_images / manifest.num_rows:.2f} epochs of {manifest.num_rows}), "
+        f"{steps} steps of {config.global_batch} = {config.workers} workers x "
+        f"{micro_batch} images x {accumulation}"
+    )
+
+
+def move_aside(uri: str) -> str:
+    """Give a run folder another name; the new one."""
+    new = f"{uri}.before-{time.strftime('%Y%m%dT%H%M%S')}"
+    path = storage.local_path(uri)
+    if path is not None:
+        path.rename(new)
+        return new
+    system, _ = storage.filesystem(uri)
+    for entry in storage.list_files(uri):
+        _, source = storage.filesystem(entry.uri)
+        _, target = storage.filesystem(storage.join(new, entry.relative))
+        system.copy_file(source, target)
+    storage.delete(uri)
+    return new
+
+
+def _absolute(uri: str) -> str:
+    """Workers have another current folder."""
+    path = storage.local_path(uri)
+    return uri if path is None else str(Path.cwd() / path)

@@ -1,0 +1,56 @@
+"""`make bench [WHAT=model]`: ratios side by side in one process, medians, a table and JSON.
+
+Times alternate between the two sides, round after round, so that a slow minute of the machine
+slows both; a ratio is the median of the ratios of the rounds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import sys
+from pathlib import Path
+
+SUBJECTS = ("model", "prepare", "serve")
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or list(SUBJECTS)
+    folder = Path("bench")
+    folder.mkdir(exist_ok=True)
+    for subject in wanted:
+        if subject not in SUBJECTS:
+            sys.exit(f"unknown benchmark {subject!r}: choose from {', '.join(SUBJECTS)}")
+        result = importlib.import_module(subject).run()  # a neighbour of this file
+        result["machine"] = {"processor": processor(), "python": platform.python_version()}
+        (folder / f"{subject}.json").write_text(json.dumps(result, indent=2) + "\n")
+        for part in result.get("tables", [result]):
+            print(table(part), end="\n\n", flush=True)
+        print(f"written to {folder / subject}.json\n")
+
+
+def processor() -> str:
+    """Model name of the processor, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((s.partition(": ")[2] for s in lines if s.startswith("model name")), "unknown")
+
+
+def table(result: dict) -> str:
+    """Rows of a result as Markdown."""
+    head, *rows = [list(result["rows"][0]), *[list(r.values()) for r in result["rows"]]]
+    cells = [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return f"{result['title']}\n\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

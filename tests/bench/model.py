@@ -1,0 +1,106 @@
+"""JiT-B/16 at 256 pixels against the authors' network, both compiled, bf16 autocast, CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from azula.plugins.jit._src import model as authors
+
+from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig
+from jitmodel.flow import corrupt, flow_loss
+from jitmodel.model import JiT
+from jitmodel.parallel import parallelize
+from jitmodel.sampler import guided_velocity
+from jitmodel.state import Batch, TrainState
+
+BATCH, ROUNDS, THREADS = 8, 5, 2
+DECAYS = (0.9996, 0.9999)
+
+
+class AuthorsStep:
+    """Training as the public code does it: their network, AdamW, a loop over parameters per EMA."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network = network
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-4, betas=(0.9, 0.95))
+        self.averages = [[p.detach().clone() for p in self.parameters] for _ in DECAYS]
+
+    def __call__(self, x: torch.Tensor, e: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+        z = corrupt(x, e, t)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            net = self.network(z, t, y)
+        flow_loss(net.float(), x, e, z, t, FlowConfig()).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for decay, average in zip(DECAYS, self.averages, strict=True):
+                for a, p in zip(average, self.parameters, strict=True):
+                    a.mul_(decay).add_(p, alpha=1 - decay)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(what: str, ours: Callable[[], object], theirs: Callable[[], object]) -> dict:
+    """Alternate the two sides; the first call of each compiles and does not count."""
+    for call in (ours, theirs):
+        call()
+        call()
+    rounds = [(seconds(ours), seconds(theirs)) for _ in range(ROUNDS)]
+    return {
+        "what": what,
+        "ours s": statistics.median(a for a, _ in rounds),
+        "authors s": statistics.median(b for _, b in rounds),
+        "times as fast": statistics.median(b / a for a, b in rounds),
+        "worst round": min(b / a for a, b in rounds),
+    }
+
+
+def run() -> dict:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    theirs = authors.JiT_models["JiT-B/16"](input_size=256)
+    ours = JiT(ModelConfig.named("JiT-B/16", image_size=256))
+    ours.load_state_dict(theirs.state_dict())
+    parallelize(ours, compile=True)
+
+    pixels = torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
+    y, index = torch.randint(0, 1000, (BATCH,)), torch.arange(BATCH)
+    x, e, t = torch.randn(BATCH, 3, 256, 256), torch.randn(BATCH, 3, 256, 256), torch.rand(BATCH)
+    null = torch.full_like(y, 1000)
+    ones = torch.ones(BATCH)
+    state = TrainState(ours, OptimizerConfig(ema_decays=DECAYS), total_images=10**9)
+    authors_step = AuthorsStep(theirs)
+
+    def both_passes() -> None:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            theirs(x, t, y)
+            theirs(x, t, null)
+
+    def one_batched_pass() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            guided_velocity(ours, x, 0.5 * ones, y, 2.9 * ones, 0.1 * ones, ones)
+
+    rows = [
+        compare(
+            "train step: noise, forward, backward, AdamW, 2 EMAs",
+            lambda: state.step([Batch(pixels, y, index)]),
+            lambda: authors_step(x, e, t, y),
+        )
+    ]
+    ours.eval()
+    theirs.eval()
+    rows.append(compare("guided evaluation", one_batched_pass, both_passes))
+    return {
+        "title": f"JiT-B/16 at 256 px, {BATCH} images, bf16 autocast, both compiled, "
+        f"{THREADS} threads, median of {ROUNDS} alternating rounds",
+        "torch": torch.__version__,
+        "rows": rows,
+    }

@@ -1,0 +1,327 @@
+"""Preparation on real photographs: encodings, two workers against a bare loop, memory, the index.
+
+Needs the photographs of the tests. The bare loop is one process that decodes, crops and encodes;
+what Ray, Parquet, digests and publishing cost beyond it is the efficiency. 5 GB of disk are taken
+for a while: ImageNet's tar in its real size, all holes but the headers.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines import images, sources
+from pipelines.index import Index
+
+PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "imagenet-sample"
+WORKERS = 2
+ROUNDS = 3
+COPIES = 24  # of the photographs, for the steady state: 4,800 images
+REFERENCES = (1_000, 10_000, 100_000)
+INNER_TARS, MEMBERS, MEMBER_BYTES = 1_000, 1_281, 110_000
+
+try:
+    import qoi
+except ImportError:
+    qoi = None
+
+
+def run() -> dict:
+    if not PHOTOGRAPHS.is_dir():
+        sys.exit(f"needs the real photographs at {PHOTOGRAPHS}")
+    parts: dict[str, Callable[[], dict]] = {
+        "encodings": encodings, "efficiency": efficiency, "memory": memory, "index": index
+    }  # fmt: skip
+    wanted = os.environ.get("PARTS", "").split() or list(parts)
+    return {"tables": [parts[name]() for name in wanted]}
+
+
+def photographs() -> list[bytes]:
+    return [file.read_bytes() for file in sorted(PHOTOGRAPHS.glob("*.JPEG"))]
+
+
+# How an image is stored.
+
+
+def _pillow(kind: str, **options: object) -> Callable[[np.ndarray], bytes]:
+    def encode(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    return encode
+
+
+def encodings() -> dict:
+    """Bytes, encodings and decodings a second on one core, of the cropped photographs."""
+    decode = images.decode_pixels
+    codecs: dict[str, tuple[Callable, Callable]] = {
+        "webp (as stored)": (lambda p: images.encode(p, "webp"), decode),
+        "webp, effort 20": (_pillow("WEBP", lossless=True, quality=20, method=1), decode),
+        "png (as stored)": (lambda p: images.encode(p, "png"), decode),
+        "png, level 6": (_pillow("PNG", compress_level=6), decode),
+        "raw": (lambda p: images.encode(p, "raw"), decode),
+    }
+    if qoi:
+        codecs["qoi"] = (qoi.encode, qoi.decode)
+    rows = []
+    for size in (256, 512):
+        crops = [np.asarray(images.adm_crop(images.decode(p), size)) for p in photographs()[::2]]
+        for name, (encode, decoder) in codecs.items():
+            encoding, decoding = [], []
+            for _ in range(ROUNDS):
+                started = time.process_time()
+                stored = [encode(crop) for crop in crops]
+                encoded = time.process_time()
+                back = [decoder(image) for image in stored]
+                decoding.append(len(crops) / (time.process_time() - encoded))
+                encoding.append(len(crops) / (encoded - started))
+            assert all(np.array_equal(a, b) for a, b in zip(crops, back, strict=True))
+            rows.append(
+                {
+                    "encoding": name,
+                    "pixels": size,
+                    "kB an image": round(sum(map(len, stored)) / len(crops) / 1e3, 1),
+                    "encoded/s": round(statistics.median(encoding)),
+                    "decoded/s": round(statistics.median(decoding)),
+                }
+            )
+    return {
+        "title": f"Lossless encodings of {len(crops)} ImageNet photographs, one core, "
+        f"median of {ROUNDS} rounds",
+        "rows": rows,
+    }
+
+
+# Two workers against a bare loop.
+
+
+def bare_loop(size: int, encoding: str) -> float:
+    """Images a second of one process that does nothing else."""
+    loaded = sorted(PHOTOGRAPHS.glob("*.JPEG"))
+    started = time.perf_counter()
+    for file in loaded:
+        crop = images.adm_crop(images.decode(file.read_bytes()), size)
+        images.encode(np.asarray(crop), encoding)
+    return len(loaded) / (time.perf_counter() - started)
+
+
+DRIVER = """
+import json, resource, sys, time
+from pipelines import prepare
+from pipelines.config import PrepareConfig
+started, noted = time.perf_counter(), []
+class Progress(prepare.Progress):
+    def add(self, entry):
+        super().add(entry)
+        noted.append((time.perf_counter() - started, self.images))
+prepare.Progress = Progress
+prepare.run(PrepareConfig.model_validate_json(sys.argv[1]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"noted": noted, "total": time.perf_counter() - started, "driver MB": peak}))
+"""
+
+
+def prepared(source: Path, output: Path, **fields: object) -> dict:
+    """Prepare in a process of its own; what it took, and the most memory of a worker."""
+    import json
+
+    config = {"source": str(source), "output": str(output), "workers": WORKERS} | fields
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps(config)], stdout=subprocess.PIPE, text=True
+    )
+    peak = [0.0]
+    watching = threading.Thread(target=_watch, args=(process, peak), daemon=True)
+    watching.start()
+    text, _ = process.communicate()
+    assert process.returncode == 0
+    return json.loads(text.splitlines()[-1]) | {"worker MB": peak[0]}
+
+
+def _watch(process: subprocess.Popen, peak: list[float]) -> None:
+    while process.poll() is None:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if "ray::" not in (folder / "cmdline").read_text()[:8]:
+                    continue
+                if f"/proc/{process.pid}" not in _ancestors(folder):
+                    continue
+                status = (folder / "status").read_text()
+            except OSError:
+                continue
+            high = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+            peak[0] = max(peak[0], int(high.split()[1]) / 1024)
+        time.sleep(0.2)
+
+
+def _ancestors(folder: Path) -> Iterator[str]:
+    while folder.name not in ("0", "1"):
+        folder = Path("/proc") / (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        yield str(folder)
+
+
+def tree_of(folder: Path, copies: int) -> Path:
+    """The photographs, several times, by hard links or copies."""
+    for copy in range(copies):
+        for file in PHOTOGRAPHS.glob("*.JPEG"):
+            place = folder / file.name.partition("_")[0] / f"{copy}.JPEG"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(file)
+    return folder
+
+
+def efficiency() -> dict:
+    """The steady state: between the fourth shard and the last but one, with two workers."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tree = tree_of(folder / "tree", COPIES)
+        for size, encoding in ((256, "webp"), (512, "webp"), (256, "png")):
+            before = bare_loop(size, encoding)
+            measured = prepared(
+                tree, folder / "out", image_size=size, encoding=encoding, rows_per_shard=128
+            )
+            shutil.rmtree(folder / "out")
+            bare = statistics.mean([before, bare_loop(size, encoding)])
+            noted = measured["noted"]
+            (t0, n0), (t1, n1) = noted[3], noted[-2]
+            steady = (n1 - n0) / (t1 - t0)
+            rows.append(
+                {
+                    "what": f"{size} px, {encoding}",
+                    "bare loop, images/s": round(bare),
+                    "two workers, images/s": round(steady),
+                    "times": round(steady / bare, 2),
+                    "start-up and end, s": round(measured["total"] - noted[-1][1] / steady, 1),
+                    "worker MB": round(measured["worker MB"]),
+                }
+            )
+    return {"title": f"Preparing {COPIES * 200} photographs, steady state", "rows": rows}
+
+
+# Memory.
+
+
+def memory() -> dict:
+    """The driver's peak as references grow; a worker's with full shards and with large images."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny = io.BytesIO()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tiny, "PNG")
+        (folder / "tiny.png").write_bytes(tiny.getvalue())
+        for count in REFERENCES:
+            tree = folder / f"tree{count}"
+            for i in range(count):
+                place = tree / f"{i % 100:03d}" / f"{i}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.hardlink_to(folder / "tiny.png")
+            got = prepared(tree, folder / f"out{count}", image_size=8, encoding="raw")
+            rows.append(_memory_row(f"{count:,} references, tiny images", got))
+            shutil.rmtree(tree)
+        per_reference = (rows[-1]["driver MB"] - rows[0]["driver MB"]) / (
+            REFERENCES[-1] - REFERENCES[0]
+        )
+        projected = rows[-1]["driver MB"] + per_reference * (10**7 - REFERENCES[-1])
+        rows.append({"what": "10,000,000 references, projected", "driver MB": round(projected),
+                     "worker MB": "", "seconds": ""})  # fmt: skip
+        tree = tree_of(folder / "full", 11)
+        got = prepared(tree, folder / "o256", image_size=256)
+        rows.append(_memory_row("256 px, 1024 photographs a shard", got))
+        got = prepared(tree, folder / "o512", image_size=512, rows_per_shard=512)
+        rows.append(_memory_row("512 px, 512 photographs a shard", got))
+        huge = folder / "huge" / "a"
+        huge.mkdir(parents=True)
+        noise = np.random.default_rng(0).integers(0, 256, (945, 946, 3), np.uint8)
+        for i, mode in enumerate(["RGB", "CMYK"]):  # 9450 x 9460: the largest that are decoded
+            large = Image.fromarray(noise).resize((9460, 9450)).convert(mode)
+            large.save(huge / f"{i}.jpg", quality=80)
+        got = prepared(tree := huge.parent, folder / "ohuge", image_size=512)
+        rows.append(_memory_row("JPEGs of 89 million pixels, RGB and CMYK", got))
+        del tree
+    return {"title": "Most memory (resident, MB)", "rows": rows}
+
+
+def _memory_row(what: str, got: dict) -> dict:
+    return {
+        "what": what,
+        "driver MB": round(got["driver MB"]),
+        "worker MB": round(got["worker MB"]),
+        "seconds": round(got["total"], 1),
+    }
+
+
+# The index of ImageNet's tar.
+
+
+def sparse_tar(path: Path, inner: int, members: int, size: int) -> None:
+    """ImageNet's layout with all its headers; the images are holes."""
+
+    def header(name: str, length: int) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.size = length
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    padded = (size + 511) // 512 * 512
+    one = members * (512 + padded) + 1024
+    with path.open("wb") as file:
+        place = 0
+        for number in range(inner):
+            wnid = f"n{number:08d}"
+            file.seek(place)
+            file.write(header(f"{wnid}.tar", one))
+            for i in range(members):
+                file.seek(place + 512 + i * (512 + padded))
+                file.write(header(f"{wnid}_{i}.JPEG", size))
+            place += 512 + (one + 511) // 512 * 512
+        file.truncate(place + 1024)
+
+
+def index() -> dict:
+    """The list of 1.28 million members, by a pool of two processes and by one."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "train.tar"
+        sparse_tar(path, INNER_TARS, MEMBERS, MEMBER_BYTES)
+        for workers in (1, WORKERS):
+            started, before = time.perf_counter(), _cpu_seconds()
+            source = sources.open_source(str(path))
+            with ProcessPoolExecutor(workers) as pool:
+                listed = pool.map(_list, [source] * INNER_TARS, source.parts, chunksize=10)
+                count = sources.write_index(source, Path(name) / "index", listed)
+            row = {
+                "what": f"{workers} processes",
+                "members": count,
+                "GB (apparent)": round(path.stat().st_size / 1e9),
+                "seconds": round(time.perf_counter() - started, 1),
+                "core-seconds": round(_cpu_seconds() - before, 1),
+                "index MB": round((Path(name) / "index").stat().st_size / 1e6),
+            }
+            rows.append(row)
+            assert len(Index(Path(name) / "index")) == INNER_TARS * MEMBERS
+    return {"title": "Index of a tar of ImageNet's real size, local disk", "rows": rows}
+
+
+def _list(source: sources.Source, part: sources.Part) -> list:
+    return sources.list_part(source, part)
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)

@@ -1,0 +1,129 @@
+"""A store that fails: a proxy in front of the real S3 server."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+
+DROPPED = ("content-length", "transfer-encoding", "connection")
+ERROR = "<Error><Code>{code}</Code><Message>{code}, says the proxy</Message></Error>"
+
+
+class FaultyStore(ThreadingHTTPServer):
+    """Passes requests on to a store, but answers some with 503, resets some and cuts some short.
+
+    A request that is reset may have been carried out before: its answer is what gets lost.
+    """
+
+    daemon_threads = True
+    slow_down, reset, truncate = 0.20, 0.04, 0.04
+    """Fractions of the requests."""
+
+    def __init__(self, endpoint: str, seed: int = 0) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.store = urlsplit(endpoint).netloc
+        self.random, self.lock = random.Random(seed), threading.Lock()
+        self.seen: Counter[str] = Counter()
+        self.code_after: tuple[int, str] | None = None
+        """From this many requests on, all are refused with this code."""
+        self.delay_s = 0.0
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fate(self) -> str:
+        """What happens to the next request."""
+        with self.lock:
+            self.seen["requests"] += 1
+            if self.code_after and self.seen["requests"] > self.code_after[0]:
+                kind = "refused"
+            else:
+                x, kind = self.random.random(), "passed"
+                for name in ("slow_down", "reset", "truncate"):
+                    if 0 <= x < getattr(self, name):
+                        kind = name
+                    x -= getattr(self, name)
+            self.seen[kind] += 1
+            return kind
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FaultyStore
+    protocol_version = "HTTP/1.1"
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Expect"):
+            assert not self.headers.get("Transfer-Encoding")
+        fate = self.server.fate()
+        if fate in ("slow_down", "refused"):
+            status, code = 503, "SlowDown"
+            if fate == "refused":
+                assert self.server.code_after
+                status, code = 400, self.server.code_after[1]
+            text = b"" if self.command == "HEAD" else ERROR.format(code=code).encode()
+            self._answer(status, [("Content-Type", "application/xml")], len(text), text)
+            return
+        store = http.client.HTTPConnection(self.server.store, timeout=60)
+        headers = dict(self.headers.items())  # with the Host that was signed
+        store.request(self.command, self.path, body, headers)
+        answer = store.getresponse()
+        data = answer.read()
+        kept = [(k, v) for k, v in answer.getheaders()
+                if k.lower() not in DROPPED]  # fmt: skip
+        length = int(answer.getheader("Content-Length") or len(data))
+        store.close()
+        if fate == "reset":
+            # Closed with nothing to linger: the client sees "connection reset by peer".
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            return
+        if fate == "truncate" and len(data) > 1:
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        self._answer(answer.status, kept, length, data)
+
+    def _answer(
+        self, status: int, headers: list[tuple[str, str]], length: int, data: bytes
+    ) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _serve
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def faulty_store(s3_environment: dict[str, str]) -> Iterator[FaultyStore]:
+    """The S3 server behind a proxy that fails 28 % of the requests."""
+    proxy = FaultyStore(s3_environment["AWS_ENDPOINT_URL"])
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.fixture
+def faulty_environment(s3_environment: dict[str, str], faulty_store: FaultyStore) -> dict[str, str]:
+    """What leads a process to the faulty store."""
+    return s3_environment | {"AWS_ENDPOINT_URL": faulty_store.endpoint}

@@ -1,0 +1,554 @@
+"""The HTTP face: what clients send and read, what they are told when it does not fit."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+import uvicorn
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from jitmodel.artifact import ArtifactInfo, load_artifact, read_info, save_artifact
+from jitmodel.config import ClassInfo, ModelConfig, SamplerConfig
+from jitmodel.model import JiT
+from jitmodel.pixels import to_pixels
+from jitmodel.sampler import sample, start_noise
+from pipelines import api
+from pipelines.api import Live, Service, create_app
+from pipelines.config import ServeConfig
+from pipelines.engine import Engine
+from pipelines.guard import Key, digest_of, read_keys
+from pipelines.telemetry import RequestRecord
+
+PATH = "/v1/images/generations"
+KEYS = ("correct horse", "battery staple")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny artifact whose images depend on z, t and y."""
+    folder = tmp_path_factory.mktemp("artifact")
+    config = ModelConfig(
+        image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
+        in_context_len=2, in_context_start=1, num_classes=4,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    model = JiT(config, generator=generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    classes = (
+        ClassInfo(name="tench, Tinca tinca", wnid="n01440764"),
+        ClassInfo(name="crane", wnid="n02012849"),
+        ClassInfo(name="crane", wnid="n03126707"),
+        ClassInfo(name="golden retriever", wnid="n02099601"),
+    )
+    sampler = SamplerConfig(steps=4, cfg_scale=1.5)
+    info = ArtifactInfo(model=config, sampler=sampler, classes=classes, run="tiny")
+    save_artifact(folder, model.state_dict(), info)
+    return folder
+
+
+@contextlib.contextmanager
+def served(artifact: Path, *, keys: tuple[str, ...] = (), **config: Any) -> Iterator[Service]:
+    """A service over a running engine."""
+    model = load_artifact(artifact)
+    settings = ServeConfig(model=str(artifact), max_images=8, slots=4, **config)
+    engine = Engine(model, torch.device("cpu"), slots=settings.slots, max_queue=settings.max_queue)
+    engine.warm_up()
+    engine.start()
+    known = tuple(Key(digest_of(key.encode()), concurrent=2) for key in keys)
+    try:
+        yield Service(engine, read_info(artifact), settings, "tiny", 1, known)
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def service(artifact: Path) -> Iterator[Service]:
+    with served(artifact, max_steps=9_000) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> TestClient:
+    return TestClient(create_app(Live(service)), raise_server_exceptions=False)
+
+
+@contextlib.contextmanager
+def listening(service: Service) -> Iterator[str]:
+    """The application on a real socket; its URL."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(Live(service)), port=port, log_level="warning")
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(service: Service) -> Iterator[str]:
+    with listening(service) as url:
+        yield url
+
+
+def pixels_of(b64: str) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))))
+
+
+def wait_for_idle(service: Service) -> None:
+    until = time.monotonic() + 10
+    while service.engine.running or service.engine.waiting:
+        assert time.monotonic() < until, "slots are still held"
+        time.sleep(0.01)
+
+
+def test_an_answer_holds_the_samplers_images_and_what_draws_them_again(
+    client: TestClient, artifact: Path
+):
+    asked = {"prompt": "tench", "n": 2, "seed": 7, "size": "8x8", "guidance_scale": 2.0}
+    answer = client.post(PATH, json=asked).json()
+
+    model = load_artifact(artifact)
+    e = start_noise(model.flow, model.config, 7, torch.arange(2))
+    settings = SamplerConfig(steps=4, cfg_scale=2.0)
+    expected = to_pixels(sample(model, torch.zeros(2, dtype=torch.int64), e, settings))
+    for k, image in enumerate(answer["data"]):
+        pixels = torch.from_numpy(pixels_of(image["b64_json"]).copy()).permute(2, 0, 1)
+        assert (pixels.int() - expected[k].int()).abs().max() <= 1  # 1e-5 may round another way
+        assert image["index"] == k
+    assert answer["artifact_sha256"] == read_info(artifact).weights_sha256
+    assert answer["size"] == "8x8"
+    assert answer["sampler"]["cfg_scale"] == 2.0
+    assert answer["timings"]["drawing_s"] > 0
+
+    file = Image.open(io.BytesIO(base64.b64decode(answer["data"][1]["b64_json"])))
+    said = json.loads(file.text["jit"])
+    assert said.pop("class_name") == "tench, Tinca tinca"
+    assert said.pop("artifact_sha256") == answer["artifact_sha256"]
+    again = {"class_labels": said.pop("class_label"), **said}
+    second = client.post(PATH, json=again).json()["data"][0]
+    assert np.array_equal(pixels_of(second["b64_json"]), np.asarray(file))
+
+
+@pytest.mark.parametrize(
+    ("asked", "labels"),
+    [
+        ({"prompt": "Golden_Retriever"}, [3]),
+        ({"prompt": "n02012849", "n": 2}, [1, 1]),
+        ({"prompt": "class:2"}, [2]),
+        ({"prompt": "3"}, [3]),
+        ({"class_labels": 2, "n": 3}, [2, 2, 2]),
+        ({"class_labels": [3, 0, 1]}, [3, 0, 1]),
+        ({"prompt": "", "class_labels": [1], "n": 2}, [1, 1]),
+        ({"prompt": "tench", "quality": "high", "user": "me", "background": "opaque"}, [0]),
+        ({"prompt": "tench", "model": "tiny", "size": "auto", "n": None}, [0]),
+    ],
+)
+def test_a_class_can_be_said_in_several_ways(
+    client: TestClient, asked: dict[str, Any], labels: list[int]
+):
+    answer = client.post(PATH, json={**asked, "num_inference_steps": 1})
+
+    assert answer.status_code == 200, answer.text
+    assert [image["class_label"] for image in answer.json()["data"]] == labels
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_images_come_in_the_format_that_was_asked_for(client: TestClient, output_format: str):
+    asked = {"prompt": "tench", "seed": 1, "output_format": output_format}
+    answer = client.post(PATH, json=asked).json()
+
+    data = base64.b64decode(answer["data"][0]["b64_json"])
+    assert Image.open(io.BytesIO(data)).format == output_format.upper()
+    assert answer["output_format"] == output_format
+
+
+BAD = [
+    ({"prompt": "tenhc"}, "prompt", 'did you mean "class:0" (tench, Tinca tinca)?'),
+    ({"prompt": "crane"}, "prompt", '"class:1" (crane) or "class:2" (crane)'),
+    ({"prompt": "class:4"}, "prompt", "the model has classes 0 to 3"),
+    ({}, "prompt", "prompt is missing: name a class"),
+    ({"prompt": "x" * 1001}, "prompt", "at most 1000 characters"),
+    ({"prompt": 0}, "prompt", "prompt is 0: it should be a valid string"),
+    ({"prompt": "tench", "class_labels": 0}, "class_labels", "prompt or class_labels, not both"),
+    ({"class_labels": 4}, "class_labels", "class_labels holds 4: the model has classes 0 to 3"),
+    ({"class_labels": [0, -1]}, "class_labels", "class_labels holds -1"),
+    ({"class_labels": [0, 1], "n": 3}, "class_labels", "holds 2 classes, but n is 3"),
+    ({"class_labels": []}, "n", "n is 0: this server draws 1 to 8"),
+    ({"prompt": "tench", "n": 0}, "n", "n is 0: it should be greater than or equal to 1"),
+    ({"prompt": "tench", "n": 9}, "n", "n is 9: this server draws 1 to 8"),
+    ({"prompt": "tench", "n": 10**9}, "n", "this server draws 1 to 8"),
+    ({"prompt": "tench", "n": 1.5}, "n", "n is 1.5: it should be a valid integer"),
+    ({"prompt": "tench", "n": True}, "n", "n is True: it should be a valid integer"),
+    ({"prompt": "tench", "n": "2"}, "n", "n is '2': it should be a valid integer"),
+    ({"prompt": "tench", "num_inference_steps": 0}, "num_inference_steps", "is 0: it should be"),
+    ({"prompt": "tench", "num_inference_steps": 10**6}, "num_inference_steps", "1 to 9000"),
+    ({"prompt": "tench", "seed": -1}, "seed", "seed is -1: it should be greater than or equal"),
+    ({"prompt": "tench", "seed": 2**63}, "seed", "less than 9223372036854775808"),
+    ({"prompt": "tench", "seed": 10**400}, "seed", "seed is 1000"),
+    ({"prompt": "tench", "guidance_scale": -1}, "guidance_scale", "greater than or equal to 0"),
+    ({"prompt": "tench", "guidance_scale": 1e9}, "guidance_scale", "less than or equal to 100"),
+    ({"prompt": "tench", "guidance_interval": [0.5, 0.1]}, "guidance_interval", "0 <= first"),
+    ({"prompt": "tench", "guidance_interval": [0.5]}, "guidance_interval", "at least 2 items"),
+    ({"prompt": "tench", "solver": "ddim"}, "solver", "it should be 'heun' or 'euler'"),
+    ({"prompt": "tench", "size": "16x16"}, "size", "this model draws 8x8; leave size out"),
+    ({"prompt": "tench", "size": "abc"}, "size", "size is 'abc'"),
+    ({"prompt": "tench", "response_format": "url"}, "response_format", "ask for 'b64_json'"),
+    ({"prompt": "tench", "output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
+    ({"prompt": "tench", "background": "transparent"}, "background", "images are opaque"),
+    ({"prompt": "tench", "steps": 5}, "steps", "unknown parameter 'steps': known are prompt"),
+]
+
+
+@pytest.mark.parametrize(("asked", "param", "sentence"), BAD)
+def test_a_wrong_parameter_is_named_with_its_remedy(
+    client: TestClient, asked: dict[str, Any], param: str, sentence: str
+):
+    answer = client.post(PATH, json=asked)
+
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert sentence in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "sentence"),
+    [
+        (b'{"prompt": "tench", "guidance_scale": NaN}', 400, "is nan: it should be a finite"),
+        (b'{"prompt": "tench", "guidance_scale": Infinity}', 400, "is inf: it should be a finite"),
+        (b'{"prompt": "tench"', 400, "the body is not JSON"),
+        (b"", 400, "the body is not JSON"),
+        (b"[" * 60_000, 400, "the body is not JSON: recursion limit"),
+        (b"\xff\xfe", 400, "the body is not JSON"),
+        (b"[1, 2]", 400, "the body is not a JSON object"),
+        (b'{"prompt": "' + b"x" * 10**6 + b'"}', 413, "the body exceeds 65536 bytes"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused(
+    client: TestClient, body: bytes, status: int, sentence: str
+):
+    answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
+
+    assert answer.status_code == status
+    assert sentence in answer.json()["error"]["message"]
+
+
+def test_other_errors_have_the_same_shape(client: TestClient):
+    def error(answer: httpx.Response) -> tuple[int, str, str]:
+        return answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["message"]
+
+    status, code, message = error(client.post(PATH, json={"prompt": "0", "model": "dall-e-3"}))
+    assert (status, code) == (404, "model_not_found")
+    assert "this server has 'tiny'" in message
+    assert error(client.get("/v1/models/other"))[:2] == (404, "model_not_found")
+    assert error(client.get("/nothing"))[:2] == (404, "unknown_url")
+    assert error(client.get(PATH))[:2] == (405, "unknown_url")
+    assert error(client.get("/v1/classes?limit=none"))[:2] == (400, "invalid_value")
+    form = client.post(PATH, content=b'{"prompt": "0"}', headers={"content-type": "text/plain"})
+    assert error(form)[:2] == (415, "unsupported_content_type")
+
+
+def test_models_classes_and_health_can_be_asked(client: TestClient, artifact: Path):
+    card = client.get("/v1/models").json()["data"][0]
+    assert card["id"] == "tiny"
+    assert card["artifact_sha256"] == read_info(artifact).weights_sha256
+    assert client.get("/v1/models/tiny").json() == card
+
+    found = client.get("/v1/classes", params={"q": "ret"}).json()
+    retriever = {"label": 3, "name": "golden retriever", "wnid": "n02099601"}
+    assert found["data"] == [{**retriever, "prompt": "golden retriever"}]
+    cranes = client.get("/v1/classes", params={"q": "crane"}).json()["data"]
+    assert [c["prompt"] for c in cranes] == ["class:1", "class:2"]  # the name says too little
+    few = client.get("/v1/classes?limit=2").json()
+    assert (len(few["data"]), few["total"]) == (2, 4)
+
+    health = {"status": "ok", "artifact_sha256": card["artifact_sha256"], "refused": None}
+    assert client.get("/healthz").json() == client.get("/readyz").json() == health
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    document = client.get("/openapi.json").json()
+    assert set(document["paths"][PATH]["post"]["responses"]) >= {"200", "400", "429", "504"}
+    assert "422" not in json.dumps(document["paths"])
+
+
+def test_the_openai_client_draws_lists_and_reads_errors(url: str):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+
+    extra = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 1.0, "solver": "euler"}
+    drawn = client.images.generate(
+        prompt="tench", model="tiny", n=2, response_format="b64_json", extra_body=extra
+    )
+
+    assert drawn.data is not None
+    assert [pixels_of(image.b64_json or "").shape for image in drawn.data] == [(8, 8, 3)] * 2
+    assert drawn.output_format == "png"
+    assert drawn.data[0].seed == 3  # type: ignore[attr-defined]
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.BadRequestError) as error:
+        client.images.generate(prompt="tenhc")
+    assert (error.value.param, error.value.code) == ("prompt", "invalid_value")
+
+
+def test_the_openai_client_reads_a_stream_of_previews(url: str):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+    extra = {"seed": 3, "num_inference_steps": 100}
+
+    stream = client.images.generate(prompt="tench", stream=True, partial_images=2, extra_body=extra)
+    events = list(stream)
+    whole = client.images.generate(prompt="tench", extra_body=extra)
+
+    kinds = [event.type.removeprefix("image_generation.") for event in events]
+    assert kinds[-1] == "completed"
+    assert set(kinds[:-1]) == {"partial_image"}
+    assert not np.array_equal(pixels_of(events[0].b64_json), pixels_of(events[-1].b64_json))
+    assert whole.data is not None
+    final = pixels_of(whole.data[0].b64_json or "")
+    assert np.array_equal(pixels_of(events[-1].b64_json), final)
+
+
+def test_a_client_that_leaves_frees_its_slots(url: str, service: Service):
+    for stream in (False, True):
+        asked = {"prompt": "tench", "n": 8, "num_inference_steps": 9_000, "stream": stream}
+        with (
+            contextlib.suppress(httpx.TimeoutException),
+            httpx.stream("POST", url + PATH, json=asked, timeout=0.3) as answer,
+        ):
+            next(answer.iter_lines())
+
+        wait_for_idle(service)  # 8 images of 17,999 evaluations take much longer
+
+    assert httpx.get(url + "/healthz").status_code == 200
+
+
+def test_a_full_queue_answers_429_and_a_late_image_504(artifact: Path):
+    with served(artifact, max_queue=4, timeout_s=0.5, max_steps=10_000) as service:
+        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        answers: list[httpx.Response] = []
+        long = {"prompt": "tench", "n": 8, "num_inference_steps": 10_000}
+
+        def ask() -> None:
+            answers.append(client.post(PATH, json=long))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while not service.engine.running:
+            time.sleep(0.001)
+        refused = client.post(PATH, json={"prompt": "tench"})
+        thread.join()
+
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert answers[0].status_code == 504
+    assert "of 8 images were done after 0.5 s" in answers[0].json()["error"]["message"]
+
+
+def test_a_failing_network_answers_503_and_shows_in_health(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with served(artifact) as service:
+        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("device lost")
+
+        monkeypatch.setattr(service.engine, "network", broken)
+        for _ in range(3):
+            answer = client.post(PATH, json={"prompt": "tench"})
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "engine_failed"
+        assert client.get("/healthz").status_code == 503
+
+
+def test_a_mistake_of_ours_shows_no_traceback(service: Service, monkeypatch: pytest.MonkeyPatch):
+    client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+
+    def mistake(*_: Any) -> None:
+        raise KeyError("secret detail")
+
+    monkeypatch.setattr(api.generation, "plan", mistake)
+    answer = client.post(PATH, json={"prompt": "tench"})
+
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+
+
+def test_a_key_may_have_only_so_many_requests_in_work(artifact: Path):
+    with (
+        served(artifact, keys=KEYS, max_steps=10_000) as service,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        long = {"prompt": "tench", "num_inference_steps": 500}
+
+        def post(key: str, asked: dict[str, Any]) -> httpx.Response:
+            return client.post(PATH, json=asked, headers={"Authorization": f"Bearer {key}"})
+
+        held = [pool.submit(post, KEYS[0], long) for _ in range(2)]
+        while service.engine.running < 2:
+            time.sleep(0.001)
+        refused = post(KEYS[0], {"prompt": "tench"})
+
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "key_limit"
+        assert post(KEYS[1], {"prompt": "tench"}).status_code == 200  # another key has its own
+        assert [future.result().status_code for future in held] == [200, 200]
+        assert post(KEYS[0], {"prompt": "tench"}).status_code == 200
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JIT_API_KEY", "one, two,")
+    file = tmp_path / "keys"
+    file.write_text("# ours\n\nthree 5\nfour\n")
+
+    found = read_keys(str(file), 7)
+
+    digests = [digest_of(key) for key in (b"one", b"two", b"three", b"four")]
+    assert [key.sha256 for key in found] == digests
+    assert [key.concurrent for key in found] == [7, 7, 5, 7]
+    for text in ("three x", "three 0", "three 1 2"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"line 1 of .* should be a key") as error:
+            read_keys(str(file), 7)
+        assert "three" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no file of keys"):
+        read_keys(str(tmp_path / "none"), 7)
+    monkeypatch.delenv("JIT_API_KEY")
+    assert read_keys("", 7) == ()
+    file.write_text("# none yet\n")
+    with pytest.raises(ValueError, match="holds no key"):
+        read_keys(str(file), 7)
+
+
+def test_every_request_leaves_one_line_of_json_without_key_or_prompt(
+    artifact: Path, capfd: pytest.CaptureFixture[str]
+):
+    lines: list[dict[str, Any]] = []
+
+    def report(record: RequestRecord) -> None:
+        assert "\n" not in record.line()
+        lines.append(json.loads(record.line()))
+
+    with served(artifact, keys=KEYS) as service:
+        app = create_app(Live(service), report)
+        client = TestClient(app, raise_server_exceptions=False)
+        key = {"Authorization": f"Bearer {KEYS[0]}"}
+        client.post(PATH, json={"prompt": "tench", "n": 2, "seed": 7}, headers=key)
+        client.post(PATH, json={"prompt": "ten\nch", "user": "me"}, headers=key)
+        client.post(PATH, json={"prompt": "tench", "stream": True, "seed": 1}, headers=key)
+        client.get("/v1/mod%0Aels", headers=key)
+        client.get("/v1/models")
+        client.get("/readyz")  # a probe every second is no news
+
+    drawn, unknown, streamed, nowhere, closed = lines
+    assert drawn["path"] == PATH
+    assert (drawn["status"], drawn["images"], drawn["class_labels"]) == (200, 2, [0])
+    assert (drawn["seed"], drawn["steps"], drawn["solver"]) == (7, 4, "heun")
+    assert drawn["total_s"] >= drawn["drawing_s"] > 0
+    assert drawn["artifact"] == read_info(artifact).weights_sha256[:12]
+    assert drawn["key"] == digest_of(KEYS[0].encode())[:8]
+    assert (unknown["status"], unknown["code"]) == (400, "invalid_value")
+    assert streamed["stream"] is True
+    assert streamed["drawing_s"] > 0
+    assert (nowhere["status"], nowhere["code"]) == (404, "unknown_url")
+    assert (closed["status"], closed["code"]) == (401, "invalid_api_key")
+    said = json.dumps(lines)
+    assert "ten\\nch" not in said
+    assert not any(secret in said for secret in KEYS)
+
+
+def test_with_keys_every_route_but_health_needs_one(artifact: Path):
+    with served(artifact, keys=KEYS) as service:
+        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+
+        def status(path: str, header: str | bytes | None) -> int:
+            return client.get(path, headers={"Authorization": header} if header else {}).status_code
+
+        basic = base64.b64encode(f"me:{KEYS[1]}".encode()).decode()
+        for header in (
+            None,
+            "Bearer",
+            "Bearer wrong",
+            "Bearer correct hors",
+            "Basic !",
+            "Bearer é".encode(),
+        ):
+            for path in ("/v1/models", "/v1/classes", "/openapi.json", "/nothing"):
+                assert status(path, header) == 401, (path, header)
+        for header in (f"Bearer {KEYS[0]}", f"bearer {KEYS[1]}", f"Basic {basic}"):
+            assert status("/v1/models", header) == 200
+        assert status("/healthz", None) == status("/readyz", None) == 200
+        asked = client.get("/")
+        assert (asked.status_code, asked.headers["www-authenticate"]) == (401, 'Basic realm="JiT"')
+        assert client.post(PATH, content=b"x" * 10**6).status_code == 401
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_api_keeps_what_its_document_promises(service: Service):
+    """Schemathesis makes requests, good and bad, of the OpenAPI document."""
+    schemathesis = pytest.importorskip("schemathesis", reason="needs: pip install schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(Live(service)))
+    checks = [
+        not_a_server_error,
+        status_code_conformance,
+        content_type_conformance,
+        response_schema_conformance,
+    ]
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+    assert len(operations) == 6
+    for operation in operations:
+        good = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
+        bad = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+        asks = operation.body or operation.query  # any text is a good name of a model
+        for cases in (good, bad) if asks else (good,):
+
+            @given(case=cases)
+            @settings(
+                max_examples=25,
+                deadline=None,
+                phases=[Phase.explicit, Phase.generate],
+                suppress_health_check=list(HealthCheck),
+                derandomize=True,
+                database=None,
+            )
+            def keeps_its_promise(case: Any) -> None:
+                answer = case.call()
+                assert "Traceback" not in answer.text
+                case.validate_response(answer, checks=checks)
+
+            keeps_its_promise()

@@ -1,0 +1,161 @@
+"""The Serve config of an artifact: what is written, what is refused, and one real deployment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from jitmodel.artifact import ArtifactInfo, save_artifact
+from jitmodel.config import ModelConfig, SamplerConfig
+from jitmodel.model import JiT
+from pipelines.cli import main
+
+MODEL = ModelConfig(
+    image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
+    in_context_len=2, in_context_start=1, num_classes=3,
+)  # fmt: skip
+
+
+def make_artifact(folder: Path, run: str) -> ArtifactInfo:
+    model = JiT(MODEL, generator=torch.Generator().manual_seed(len(run)))
+    info = ArtifactInfo(model=MODEL, sampler=SamplerConfig(steps=4), run=run)
+    return save_artifact(folder, model.state_dict(), info)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("JIT_API_KEY", raising=False)
+    make_artifact(tmp_path / "artifact", "first")
+    return tmp_path / "artifact"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """The Serve config that a dry run prints."""
+    assert main(["deploy", *argv, "--dry-run"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(["deploy", *argv]) == 2
+    return capsys.readouterr().err
+
+
+def test_the_serve_config_is_valid_holds_no_key_and_keeps_haproxy_off(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    keys = tmp_path / "keys"
+    keys.write_text("# of the gallery\nopen-sesame 3\n")
+
+    line = (str(artifact), "--host", "0.0.0.0", "--keys-file", str(keys))
+    found = printed(capsys, *line, "--replicas", "2", "--max-replicas", "5", "--gpus", "0.5")
+
+    ServeDeploySchema.model_validate(found)
+    deployment = found["applications"][0]["deployments"][0]
+    assert deployment["autoscaling_config"]["max_replicas"] == 5
+    assert deployment["ray_actor_options"]["num_gpus"] == 0.5
+    assert deployment["user_config"]["model"] == str(artifact)
+    ((digest, limit),) = deployment["user_config"]["keys"]
+    assert (len(digest), limit) == (64, 3)
+    assert "sesame" not in str(found)
+    environment = found["controller_options"]["runtime_env"]["env_vars"]
+    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+
+
+def test_a_config_that_ray_would_misread_is_refused(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    found = printed(capsys, str(artifact))
+    file = tmp_path / "serve.yaml"
+
+    def error(*path: Any, value: Any) -> str:
+        document = yaml.safe_load(yaml.safe_dump(found))
+        place = document
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+        file.write_text(yaml.safe_dump(document))
+        return error_of(capsys, "--file", str(file))
+
+    deployment = ("applications", 0, "deployments", 0)
+    assert "did you mean 'num_replicas'?" in error(*deployment, "num_replica", value=3)
+    assert "unknown key 'num_cpu'" in error(*deployment, "ray_actor_options", "num_cpu", value=1)
+    assert "did you mean 'http_options'" in error("http_option", value={})
+    assert "slots" in error("applications", 0, "args", "slots", value=0)
+    assert "slot\n" in error("applications", 0, "args", "slot", value=4)
+    assert "modle" in error(*deployment, "user_config", "modle", value="x")
+    assert "can be reached by others" in error("http_options", "host", value="0.0.0.0")
+    file.write_text("- 1")
+    assert "does not hold a Serve config" in error_of(capsys, "--file", str(file))
+
+
+def test_an_open_address_without_keys_and_a_damaged_artifact_are_refused(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert "no API key" in error_of(capsys, str(artifact), "--host", "0.0.0.0")
+    (artifact / "model.safetensors").write_bytes(b"")
+    assert "damaged" in error_of(capsys, str(artifact))
+
+
+@pytest.mark.slow
+def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
+    artifact: Path, short_tmp: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A head node of its own, in a process of its own, as `ray start` makes it."""
+    ports = []
+    for _ in range(3):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            ports.append(str(s.getsockname()[1]))
+    gcs, dashboard, port = ports
+    head = subprocess.Popen(
+        [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--num-cpus=2",
+         "--node-ip-address=127.0.1.7", f"--port={gcs}", f"--dashboard-port={dashboard}",
+         "--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={short_tmp}",
+         "--object-store-memory=100000000"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        until = time.monotonic() + 60
+        while True:
+            try:
+                assert httpx.get(f"{address}/api/version").status_code == 200
+                break
+            except (httpx.TransportError, AssertionError):
+                assert time.monotonic() < until, "the cluster did not start"
+                time.sleep(0.5)
+        line = ("--address", address, "--port", port, "--precision", "fp32")
+        url = f"http://127.0.0.1:{port}"
+        first = printed(capsys, str(artifact), *line)["applications"][0]["deployments"][0]
+        assert main(["deploy", str(artifact), *line]) == 0
+        digest = httpx.get(f"{url}/readyz").json()["artifact_sha256"]
+        assert digest == first["user_config"]["weights_sha256"]
+        # the front stands before the proxy: Ray's own table of routes is closed
+        assert httpx.get(f"{url}/-/routes").status_code == 404
+
+        second = make_artifact(artifact.parent / "second", "second one")
+        assert main(["deploy", str(artifact.parent / "second"), *line]) == 0
+        until = time.monotonic() + 60
+        statuses = set()
+        while (answer := httpx.get(f"{url}/readyz")).json().get(
+            "artifact_sha256"
+        ) != second.weights_sha256:
+            statuses.add(answer.status_code)
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert statuses <= {200}, "it answered all the time"
+    finally:
+        head.terminate()
+        head.wait(60)  # Ray drains a node for half a minute

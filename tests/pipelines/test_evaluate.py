@@ -1,0 +1,340 @@
+"""An evaluation is the same for any fleet, survives deaths, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from jitmodel.artifact import ArtifactInfo, save_artifact
+from jitmodel.config import ClassInfo, FlowConfig, ModelConfig, SamplerConfig
+from jitmodel.model import JiT
+from pipelines import shards
+from pipelines.config import EvaluateConfig, ReferenceConfig, SamplerChoice
+from pipelines.drawing import Plan, device_name, draw_batch, read_part
+from pipelines.evaluate import run, run_reference
+from pipelines.images import encode
+from pipelines.reference import is_kept, read_reference
+
+MODEL = ModelConfig(
+    image_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8,
+    in_context_len=2, in_context_start=1, num_classes=4,
+)  # fmt: skip
+CLASSES = tuple(ClassInfo(name=name) for name in ("cat", "dog", "fox", "owl"))
+
+
+def make_artifact(folder: Path, **changes: object) -> Path:
+    """A small untrained model whose output depends on every weight."""
+    model = JiT(MODEL)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2, generator=generator)
+    info = ArtifactInfo(
+        model=MODEL, sampler=SamplerConfig(steps=3), classes=CLASSES, ema_decay=0.9999
+    )
+    save_artifact(folder, model.state_dict(), info.model_copy(update=changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_artifact(tmp_path_factory.mktemp("model") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 3 shards with 14, 14 and 12 images of 16 pixels."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "data").mkdir()
+    rng = np.random.default_rng(0)
+    infos = []
+    for shard, rows in enumerate((14, 14, 12)):
+        images = rng.integers(0, 256, (rows, 4, 4, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+        path = folder / shards.shard_name(shard, 3)
+        info = shards.write_shard(
+            path,
+            [
+                shards.Row(encode(im, "png"), "", i % 4, 14 * shard + i)
+                for i, im in enumerate(images)
+            ],
+            CLASSES,
+            rows_per_group=5,
+        )
+        infos.append(info.model_copy(update={"file": f"data/{path.name}"}))
+    manifest = shards.Manifest(
+        fingerprint=shards.fingerprint(CLASSES, infos), image_size=16, encoding="png",
+        num_rows=40, num_rejects=0, rows_per_class=[11, 11, 9, 9], classes=list(CLASSES),
+        shards=infos, config={}, versions={}, source_sha256="",
+    )  # fmt: skip
+    (folder / shards.MANIFEST).write_text(manifest.model_dump_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(ray_cluster: None, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    run_reference(ReferenceConfig(data=str(dataset), output=str(path), workers=2))
+    return path
+
+
+def config(artifact: object, reference: object, output: Path, **changes: object) -> EvaluateConfig:
+    """24 images in 6 parts of two batches of two."""
+    fields = {
+        "model": str(artifact), "reference": str(reference), "output": str(output),
+        "num_images": 24, "batch": 2, "chunk_batches": 2, "precision": "fp32", "workers": 1,
+    }  # fmt: skip
+    return EvaluateConfig(**{**fields, **changes})
+
+
+def a_plan(**changes: object) -> Plan:
+    fields = {
+        "num_images": 24, "batch": 5, "chunk_batches": 2, "seed": 0, "precision": "fp32",
+        "sampler": SamplerConfig(steps=2), "model": MODEL, "flow": FlowConfig(),
+        "weights_sha256": "0", "extractor": {"name": "none"}, "device": "cpu", "torch": "2",
+    }  # fmt: skip
+    return Plan(**{**fields, **changes})
+
+
+def test_a_plan_covers_every_image_once_and_spreads_the_classes():
+    plan = a_plan()
+
+    rows = [index for chunk in range(plan.num_chunks) for index in plan.rows(chunk)]
+
+    assert [len(plan.rows(chunk)) for chunk in range(plan.num_chunks)] == [10, 10, 4]
+    assert rows == list(range(24))
+    assert np.bincount([plan.label(i) for i in rows]).tolist() == [6, 6, 6, 6]
+    assert a_plan(num_images=4000).is_shown(31)  # eight of each class
+    assert not a_plan(num_images=4000).is_shown(32)
+    many = a_plan(num_images=50_000, model=MODEL.model_copy(update={"num_classes": 1000}))
+    shown = [i for i in range(50_000) if many.is_shown(i)]
+    assert sorted({many.label(i) for i in shown}) == list(range(0, 1000, 100))
+    assert len(shown) == 80
+
+
+def test_a_plan_counts_the_network_evaluations_of_an_image():
+    # Two Heun steps: t = 0 alone, then 0.5 guided; the last step is Euler at 0.5, guided.
+    assert a_plan().network_evaluations() == 1 + 2 + 2
+    # 50 Heun steps are 99 times; 0.0 (once) and 0.02 .. 0.1 (twice each) are not guided.
+    paper = SamplerConfig(steps=50, solver="heun", cfg_scale=2.9, cfg_interval=(0.1, 1.0))
+    assert a_plan(sampler=paper).network_evaluations() == 2 * 99 - 11
+    off = SamplerConfig(steps=50, solver="euler", cfg_scale=1.0)
+    assert a_plan(sampler=off).network_evaluations() == 50
+
+
+def test_a_plan_that_cannot_be_carried_out_is_refused():
+    with pytest.raises(ValueError, match=r"23 images cannot be spread evenly over 4 .* 20 or 24"):
+        a_plan(num_images=23).check()
+    with pytest.raises(ValueError, match="the model draws 1 channels"):
+        a_plan(model=MODEL.model_copy(update={"in_channels": 1})).check()
+
+
+def test_an_image_that_is_not_finite_is_named():
+    model = JiT(MODEL).eval()
+    with torch.no_grad():
+        model.y_embedder.embedding_table.weight[2] = torch.nan  # class 2 is broken
+
+    with pytest.raises(ValueError, match="image 6 of class 2 is not finite"):
+        draw_batch(model, a_plan(), torch.arange(4, 8))
+
+
+def test_the_subset_of_a_reference_is_spread_evenly():
+    kept = is_kept(np.arange(25_000), 25_000)
+    assert kept.sum() == 10_000
+    assert kept.reshape(5, -1).sum(1).tolist() == [2000] * 5
+    assert is_kept(np.arange(40), 40).all()
+
+
+@pytest.mark.ray
+def test_a_reference_is_the_same_file_for_any_fleet(dataset: Path, reference: Path, tmp_path: Path):
+    alone = tmp_path / "alone.npz"
+    run_reference(ReferenceConfig(data=str(dataset), output=str(alone), workers=1, num_images=40))
+
+    assert alone.read_bytes() == reference.read_bytes()
+    found = read_reference(str(reference))
+    assert found.identity.num_images == len(found.features) == 40
+    np.testing.assert_allclose(found.mean, found.features.astype(np.float64).mean(0))
+    np.testing.assert_allclose(
+        found.covariance, np.cov(found.features.astype(np.float64), rowvar=False), atol=1e-9
+    )
+
+
+class KillOne(logging.Handler):
+    """Kills the first worker that started, as soon as the first chunk is drawn."""
+
+    victim: int | None = None
+    killed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text.startswith("worker: process ") and self.victim is None:
+            self.victim = int(text.split()[2])
+        if text.startswith("drew ") and self.victim and not self.killed:
+            self.killed = True
+            os.kill(self.victim, signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_any_fleet_draws_the_same_bytes_whoever_dies_and_a_second_run_draws_what_is_missing(
+    artifact: Path,
+    reference: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    caplog.set_level(logging.INFO)
+    one, three = tmp_path / "one", tmp_path / "three"
+
+    run(config(artifact, reference, one, workers=1))
+    killer = KillOne()
+    logging.getLogger("pipelines").addHandler(killer)
+    run(config(artifact, reference, three, workers=3, keep_images=True))
+    logging.getLogger("pipelines").removeHandler(killer)
+
+    assert killer.killed
+    assert "a worker died" in caplog.text
+    parts = sorted(path.name for path in (one / "features").iterdir())
+    assert len(parts) == 6
+    for name in parts:
+        assert (one / "features" / name).read_bytes() == (three / "features" / name).read_bytes()
+    report = json.loads((one / "report.json").read_text())
+    assert (
+        report["identity"]["pixels_sha256"]
+        == (json.loads((three / "report.json").read_text())["identity"]["pixels_sha256"])
+    )
+    assert report["identity"]["devices"] == [device_name(torch.device("cpu"))]
+
+    # The numbers carry the extractor's name, and the bias of few images is said.
+    assert {"FD-efflite0", "IS-efflite0_std", "KID-efflite0", "recall-efflite0_k5"} <= set(
+        report["metrics"]
+    )
+    assert "24 drawn images in 1280 dimensions" in report["warnings"][0]
+    page = (one / "report.md").read_text()
+    assert f"--model {artifact}" in page
+    assert report["identity"]["pixels_sha256"] in page
+    with Image.open(one / "report.png") as picture:
+        assert picture.width > 6 * 64
+
+    # Kept images are the ones that were judged, in the Hub's convention.
+    kept = pq.read_table(three / "images" / "part-00003.parquet").to_pylist()
+    assert [row["id"] for row in kept] == [12, 13, 14, 15]
+    with Image.open(io.BytesIO(kept[0]["image"]["bytes"])) as image:
+        assert image.size == (16, 16)
+
+    # One part is lost, one is damaged: only these two are drawn again, to the same bytes.
+    before = {name: (one / "features" / name).read_bytes() for name in parts}
+    times = {name: (one / "features" / name).stat().st_mtime_ns for name in parts}
+    (one / "features" / parts[1]).unlink()
+    damaged = bytearray(before[parts[4]])
+    damaged[len(damaged) // 2] ^= 1
+    (one / "features" / parts[4]).write_bytes(damaged)
+    caplog.clear()
+
+    run(config(artifact, reference, one, workers=2))
+
+    assert {name: (one / "features" / name).read_bytes() for name in parts} == before
+    again = {name for name in parts if (one / "features" / name).stat().st_mtime_ns != times[name]}
+    assert again == {parts[1], parts[4]}
+    assert "16 of 24 images are there already" in caplog.text
+    assert "part-00004.parquet is damaged" in caplog.text
+
+    # What has been drawn is judged again without a cluster.
+    (one / "report.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.delattr("pipelines.evaluate.connect")
+        run(config(artifact, reference, one))
+    assert json.loads((one / "report.json").read_text())["metrics"] == report["metrics"]
+
+    # Another plan in the same folder is refused, with both values of each difference.
+    changes = {"sampler": SamplerChoice(cfg_scale=1.5), "seed": 7}
+    with pytest.raises(ValueError, match=r"sampler.cfg_scale is 2.9 there, 1.5 here; seed is 0"):
+        run(config(artifact, reference, one, **changes))
+    assert read_part(str(one / "features" / parts[0]), a_plan(), 0) is None
+
+
+@pytest.mark.ray
+def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
+    artifact: Path, reference: Path, tmp_path: Path
+):
+    output = tmp_path / "output"
+    owls = (*CLASSES[:3], ClassInfo(name="eagle owl"))
+    renamed = make_artifact(tmp_path / "renamed", classes=owls)
+    truncated = make_artifact(tmp_path / "truncated")
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    def refused(error: type[Exception], match: str, **changes: object) -> None:
+        fields = {"artifact": artifact, "reference": reference, "output": output, **changes}
+        with pytest.raises(error, match=match):
+            run(config(**fields))
+        assert not output.exists()
+
+    refused(ValueError, "--model is missing", artifact="")
+    refused(FileNotFoundError, "absent", artifact=tmp_path / "absent")
+    refused(FileNotFoundError, r"no artifact at .*: it needs config.json", artifact=tmp_path)
+    refused(ValueError, r"model.safetensors is damaged", artifact=truncated)
+    refused(FileNotFoundError, r"no reference at absent.npz: make one", reference="absent.npz")
+    refused(ValueError, r"config.json is not a reference", reference=artifact / "config.json")
+    refused(FileNotFoundError, "needs its weights as a file", extractor="inception")
+    refused(ValueError, "class 3 is 'owl' in the reference and 'eagle owl'", artifact=renamed)
+    refused(ValueError, "25 images cannot be spread evenly over 4 classes", num_images=25)
+    refused(ValueError, "--workers 99 needs 99 CPUs, but the cluster has", workers=99)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        run(config(artifact, reference, artifact / "config.json" / "x"))
+
+
+@pytest.mark.ray
+def test_a_dry_run_prints_the_plan_and_touches_nothing(
+    artifact: Path, reference: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run(config(artifact, reference, tmp_path / "output", dry_run=True))
+    run_reference(ReferenceConfig(data=str(dataset), output=str(tmp_path / "x.npz"), dry_run=True))
+
+    printed = capsys.readouterr().out
+    assert "24 images, 4 classes, 6 chunks of 4" in printed
+    assert "FD-efflite0 against 40 images" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_driver_that_is_killed_goes_on_where_it_was(
+    artifact: Path, reference: Path, tmp_path: Path
+):
+    output, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [
+        sys.executable, "-m", "pipelines.evaluate", "--model", str(artifact),
+        "--reference", str(reference), "--output", str(output), "--num-images", "200",
+        "--batch", "2", "--chunk-batches", "2", "--precision", "fp32", "--sampler.steps", "20",
+    ]  # fmt: skip
+
+    with subprocess.Popen(command, start_new_session=True) as first:
+        while len(list((output / "features").glob("part-*"))) < 5:
+            assert first.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+        first.kill()
+    done = {p.name: p.stat().st_mtime_ns for p in (output / "features").glob("part-*")}
+    second = subprocess.run(command, check=True, capture_output=True, text=True)
+
+    assert 5 <= len(done) < 50
+    assert " of 200 images are there already" in second.stderr
+    for name, written in done.items():
+        assert (output / "features" / name).stat().st_mtime_ns == written
+    sampler = SamplerChoice(steps=20)
+    run(config(artifact, reference, whole, num_images=200, sampler=sampler, workers=2))
+    digests = [
+        json.loads((folder / "report.json").read_text())["identity"]["pixels_sha256"]
+        for folder in (output, whole)
+    ]
+    assert digests[0] == digests[1]

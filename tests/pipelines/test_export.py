@@ -1,0 +1,119 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from jitmodel.artifact import load_artifact, read_info
+from jitmodel.config import ModelConfig
+from jitmodel.pixels import to_pixels
+from pipelines import checkpoints, export, storage
+from pipelines.config import ExportConfig, TrainConfig
+from pipelines.fit import LocalContext, averaged, build, fit
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run of four steps."""
+    config = TrainConfig.model_validate(
+        {
+            "data": str(tiny_dataset),
+            "storage": str(tmp_path_factory.mktemp("runs")),
+            "name": "tiny",
+            "model": ModelConfig(
+                image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2,
+                bottleneck_dim=16, in_context_len=2, in_context_start=1, num_classes=10,
+            ),
+            "optimizer": {"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.99999)},
+            "loader": {"lanes": 4},
+            "sampler": {"steps": 7, "cfg_scale": 1.5},
+            "parallel": {"precision": "fp32"},
+            "global_batch": 16,
+            "total_images": 64,
+            "checkpoint_every_images": 32,
+            "grid_every_images": 0,
+        }
+    )  # fmt: skip
+    fit(config, LocalContext())
+    return config
+
+
+def run_folder(config: TrainConfig) -> str:
+    return storage.join(config.storage, config.name)
+
+
+@pytest.mark.parametrize("ema", [0.5, 0.99999, 0])
+def test_an_artifact_is_the_network_that_trained(trained: TrainConfig, tmp_path: Path, ema: float):
+    export.run(ExportConfig(source=run_folder(trained), output=str(tmp_path), ema=ema))
+
+    model = load_artifact(tmp_path)
+    state = build(trained, LocalContext())
+    found = checkpoints.newest(run_folder(trained))
+    assert found is not None
+    checkpoints.load(found.uri, state)
+    z, t, y = torch.randn(2, 3, 28, 28), torch.tensor([0.2, 0.7]), torch.tensor([3, 10])
+    with averaged(state, ema), torch.no_grad():
+        assert torch.equal(model(z, t, y), state.model.eval()(z, t, y))
+    info = read_info(tmp_path)
+    assert (info.ema_decay, info.images_seen, info.run) == (ema, 64, "tiny")
+    assert info.sampler.steps == 7
+    assert info.classes[9].name == "class 9"
+    assert info.dataset_fingerprint == found.meta.data
+
+
+def test_the_model_card_has_front_matter_and_code_that_runs(
+    trained: TrainConfig, tmp_path: Path, monkeypatch
+):
+    export.run(ExportConfig(source=run_folder(trained), output=str(tmp_path), ema=0.5))
+
+    card = (tmp_path / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["pipeline_tag"] == "unconditional-image-generation"
+    assert "decay 0.5, after 64 images" in body
+    code = body.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {"to_pixels": to_pixels}
+    exec(code, scope)
+    assert scope["pixels"].shape == (1, 3, 28, 28)
+    assert scope["sampler"].steps == 7
+
+
+def test_only_the_bytes_of_the_one_ema_are_read(trained: TrainConfig, tmp_path: Path, monkeypatch):
+    read = []
+    slice_file = checkpoints.Reader._slice_file
+
+    def counted(self, file, info):
+        read.append(info.length)
+        return slice_file(self, file, info)
+
+    monkeypatch.setattr(checkpoints.Reader, "_slice_file", counted)
+    export.run(ExportConfig(source=run_folder(trained), output=str(tmp_path), ema=0.5))
+
+    found = checkpoints.newest(run_folder(trained))
+    assert found is not None
+    # Weights, two moments and two EMAs are stored; one of the five is wanted.
+    assert sum(read) < 0.3 * sum(found.meta.files.values())
+
+
+def test_a_single_checkpoint_can_be_exported(trained: TrainConfig, tmp_path: Path):
+    older = storage.join(run_folder(trained), "checkpoints", "step_00000002")
+
+    export.run(ExportConfig(source=older, output=str(tmp_path), ema=0.5))
+
+    assert read_info(tmp_path).images_seen == 32
+
+
+def test_an_unknown_ema_or_source_is_refused_and_nothing_is_written(
+    trained: TrainConfig, tmp_path: Path
+):
+    output = str(tmp_path / "artifact")
+
+    with pytest.raises(ValueError, match=r"no EMA of decay 0.7: choose from 0.5, 0.99999, or 0"):
+        export.run(ExportConfig(source=run_folder(trained), output=output, ema=0.7))
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint at .*nowhere"):
+        export.run(ExportConfig(source=str(tmp_path / "nowhere"), output=output))
+    with pytest.raises(ValueError, match="--output is missing"):
+        export.run(ExportConfig(source=run_folder(trained)))
+    export.run(ExportConfig(source=run_folder(trained), output=output, ema=0.5, dry_run=True))
+
+    assert list(tmp_path.iterdir()) == []

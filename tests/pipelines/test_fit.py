@@ -1,0 +1,393 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from jitmodel.config import ModelConfig
+from pipelines import checkpoints, storage
+from pipelines.config import TrainConfig
+from pipelines.fit import LocalContext, NonFiniteLoss, averaged, build, fit
+
+MODEL = ModelConfig(
+    image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
+    in_context_len=2, in_context_start=1, num_classes=10,
+)  # fmt: skip
+
+
+def config_for(data: Path, store: Path, name: str = "run", **changes) -> TrainConfig:
+    """Ten steps of 16 images; a checkpoint every second step."""
+    options = {
+        "data": str(data),
+        "storage": str(store),
+        "name": name,
+        "model": MODEL,
+        "optimizer": {"learning_rate": 1e-3, "warmup_images": 64, "ema_decays": (0.5, 0.9)},
+        "loader": {"lanes": 4, "window": 2},
+        "sampler": {"steps": 2},
+        "parallel": {"precision": "fp32"},
+        "global_batch": 16,
+        "micro_batch": 4,
+        "total_images": 160,
+        "checkpoint_every_images": 32,
+        "grid_every_images": 0,
+        "grid_ema": 0.9,
+        "log_every_steps": 1,
+    }
+    return TrainConfig.model_validate(options | changes)
+
+
+class Killed(RuntimeError):
+    pass
+
+
+class KilledAt(LocalContext):
+    """A process that ends in the middle of a step."""
+
+    def __init__(self, images: int, batch: int = 16) -> None:
+        super().__init__()
+        self.steps_left = images // batch
+
+    def preempted(self) -> bool:
+        self.steps_left -= 1
+        if self.steps_left < 0:
+            raise Killed
+        return False
+
+
+def lines(config: TrainConfig) -> list[dict]:
+    text = Path(config.storage, config.name, "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
+    found = checkpoints.newest(storage.join(config.storage, config.name))
+    assert found is not None
+    return checkpoints.read(found.uri, "")
+
+
+def test_a_run_killed_three_times_ends_bit_equal_to_an_unbroken_one(tiny_dataset, tmp_path):
+    whole = config_for(tiny_dataset, tmp_path, "whole", log_every_steps=3)
+    broken = config_for(tiny_dataset, tmp_path, "broken", log_every_steps=3)
+
+    fit(whole, LocalContext())
+    for images in (16, 80, 48):  # after so many images, before the step is logged or saved
+        with pytest.raises(Killed):
+            fit(broken, KilledAt(images))
+    result = fit(broken, LocalContext())
+
+    assert result.images_seen == 160
+    there, here = tensors(whole), tensors(broken)
+    assert there.keys() == here.keys()
+    assert any(name.startswith("ema.0.9.") for name in there)
+    assert any(name.startswith("optimizer.") for name in there)
+    for name in there:
+        assert torch.equal(there[name], here[name]), name
+    numbers = ("images_seen", "epoch", "loss", "learning_rate", "grad_norm")
+    assert [{n: line[n] for n in numbers} for line in lines(broken)] == [
+        {n: line[n] for n in numbers} for line in lines(whole)
+    ]
+    assert [line["images_seen"] for line in lines(broken)] == [48, 96, 144, 160]
+    events = EventAccumulator(str(tmp_path / "broken" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [48, 96, 144, 160]
+
+
+def test_the_run_folder_holds_what_the_design_says(tiny_dataset, tmp_path, caplog):
+    config = config_for(tiny_dataset, tmp_path, grid_every_images=96, keep_checkpoints=2)
+    run = tmp_path / "run"
+
+    with caplog.at_level(logging.INFO):
+        result = fit(config, LocalContext())
+
+    assert TrainConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text())) == config
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["step_00000008", "step_00000010"]
+    assert result.checkpoint == str(run / "checkpoints" / "step_00000010")
+    assert json.loads((run / "latest.json").read_text()) == {
+        "checkpoint": "checkpoints/step_00000010",
+        "images_seen": 160,
+    }
+    meta = json.loads((run / "checkpoints/step_00000010/meta.json").read_text())
+    assert (meta["images_seen"], meta["config"]["seed"], meta["format_version"]) == (160, 0, 1)
+    assert meta["classes"][3]["name"] == "class 3"
+    assert {"torch", "ray", "python"} <= meta["versions"].keys()
+    grids = sorted(p.name for p in (run / "samples").iterdir())
+    assert grids == ["images_0000000096.png", "images_0000000160.png"]
+    with Image.open(run / "samples" / grids[1]) as grid:
+        assert grid.width > 8 * 28
+        assert grid.height > 10 * 28
+    statuses = [r.message for r in caplog.records if "data wait" in r.message]
+    assert len(statuses) == 10
+    assert "images 160/160  epoch 0.76  loss " in statuses[-1]
+
+
+def test_accumulation_does_not_change_the_result(tiny_dataset, tmp_path):
+    at_once = config_for(tiny_dataset, tmp_path, "a", micro_batch=16, total_images=48)
+    pieces = config_for(tiny_dataset, tmp_path, "b", micro_batch=2, total_images=48)
+
+    fit(at_once, LocalContext())
+    fit(pieces, LocalContext())
+
+    there = tensors(at_once)
+    for name, tensor in tensors(pieces).items():
+        assert torch.allclose(tensor, there[name], atol=1e-6), name
+
+
+def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(tiny_dataset, tmp_path):
+    config = config_for(tiny_dataset, tmp_path, total_images=32)
+    fit(config, LocalContext())
+
+    again = fit(config, LocalContext())
+    longer = fit(config.model_copy(update={"total_images": 64}), LocalContext())
+
+    assert (again.images_seen, again.metrics) == (32, {})
+    assert longer.images_seen == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": MODEL.model_copy(update={"depth": 3})}, "model.depth is 2 there and 3 here"),
+        ({"seed": 5}, "seed is 0 there and 5 here"),
+        ({"loader": {"lanes": 8, "window": 2}}, "loader.lanes is 4 there and 8 here"),
+        ({"global_batch": 32}, "global_batch is 16 there and 32 here"),
+    ],
+)
+def test_a_run_is_not_continued_as_another_one(tiny_dataset, tmp_path, change, message):
+    fit(config_for(tiny_dataset, tmp_path, total_images=32), LocalContext())
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(ValueError, match=message) as error:
+        fit(config_for(tiny_dataset, tmp_path, **change), LocalContext())
+
+    assert "--fresh" in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_dataset_is_refused_by_its_fingerprint(tiny_dataset, tmp_path, monkeypatch):
+    fit(config_for(tiny_dataset, tmp_path, total_images=32), LocalContext())
+    other = tmp_path / "other"
+    other.mkdir()
+    manifest = json.loads((tiny_dataset / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "f00"}))
+
+    with pytest.raises(ValueError, match=r"data \(fingerprint\) is '[0-9a-f]+' there and 'f00'"):
+        fit(config_for(other, tmp_path), LocalContext())
+
+
+def test_a_dataset_that_does_not_fit_the_model_is_refused(tiny_dataset, tmp_path):
+    wide = MODEL.model_copy(update={"image_size": 56})
+
+    with pytest.raises(ValueError, match=r"image_size 28, but model\.image_size is 56"):
+        fit(config_for(tiny_dataset, tmp_path, model=wide), LocalContext())
+    with pytest.raises(FileNotFoundError, match="no manifest at"):
+        fit(config_for(tmp_path / "nowhere", tmp_path), LocalContext())
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tiny_dataset, tmp_path):
+    config = config_for(
+        tiny_dataset, tmp_path, optimizer={"learning_rate": 1e30, "warmup_images": 0,
+                                           "ema_decays": (0.9,)}
+    )  # fmt: skip
+
+    with pytest.raises(NonFiniteLoss, match=r"loss (inf|nan), .* at step 2 \(places 16 ") as error:
+        fit(config, LocalContext())
+
+    assert "images with id" in str(error.value)
+    assert checkpoints.newest(str(tmp_path / "run")) is None
+
+
+def test_a_save_killed_at_any_point_leaves_the_newest_complete_checkpoint(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    """Each file is one point: the kill comes before it is stored."""
+    staged, points = storage.staged, []
+
+    def until(last: int):
+        def counted(uri: str):
+            if "checkpoints" in uri or "latest" in uri:
+                points.append(uri)
+                if len(points) > last:
+                    raise Killed
+            return staged(uri)
+
+        return counted
+
+    config = config_for(tiny_dataset, tmp_path, total_images=32)
+    fit(config, LocalContext())
+    longer = config.model_copy(update={"total_images": 64})
+    for last in range(4):
+        points.clear()
+        monkeypatch.setattr(storage, "staged", until(last))
+        with pytest.raises(Killed):
+            fit(longer, LocalContext())
+        found = checkpoints.newest(str(tmp_path / "run"))
+        assert found is not None
+        # Shard, .metadata, meta.json, latest.json: from the third on, the new one is complete.
+        assert found.meta.images_seen == (64 if last == 3 else 32)
+
+    monkeypatch.setattr(storage, "staged", staged)
+    assert fit(longer, LocalContext()).images_seen == 64
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_dataset, tmp_path, caplog):
+    fit(config_for(tiny_dataset, tmp_path, total_images=64), LocalContext())
+    newest = tmp_path / "run/checkpoints/step_00000004"
+    shard = next(newest.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+    found = checkpoints.newest(str(tmp_path / "run"))
+
+    assert found is not None
+    assert found.meta.images_seen == 32
+    assert "step_00000004 is damaged" in caplog.text
+
+
+def test_metadata_that_would_execute_code_is_refused(tiny_dataset, tmp_path):
+    fit(config_for(tiny_dataset, tmp_path, total_images=32), LocalContext())
+    uri = tmp_path / "run/checkpoints/step_00000002"
+    (uri / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+
+    with pytest.raises(ValueError, match=r"names (os|posix)\.system"):
+        checkpoints.read(str(uri), "")
+
+
+def test_the_weights_of_an_ema_are_lent_and_given_back(tiny_dataset, tmp_path):
+    state = build(config_for(tiny_dataset, tmp_path), LocalContext())
+    for average in state.ema.averages[0.9].values():
+        average.add_(1)
+    before = {n: p.clone() for n, p in state.model.named_parameters()}
+
+    with averaged(state, 0.9):
+        for name, p in state.model.named_parameters():
+            assert torch.equal(p, before[name] + 1)
+
+    for name, p in state.model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+@pytest.fixture
+def bucket(free_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty S3 bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", free_port, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+def test_data_and_run_may_live_in_an_object_store(tiny_dataset, tmp_path, bucket):
+    storage.publish_folder(tiny_dataset, f"{bucket}/data", last="manifest.json")
+    whole = config_for(tiny_dataset, tmp_path, "whole")
+    broken = whole.model_copy(
+        update={"data": f"{bucket}/data", "storage": f"{bucket}/runs", "grid_every_images": 160}
+    )
+
+    fit(whole, LocalContext())
+    with pytest.raises(Killed):
+        fit(broken, KilledAt(80))
+    result = fit(broken, LocalContext())
+
+    assert result.checkpoint == f"{bucket}/runs/whole/checkpoints/step_00000010"
+    there, here = tensors(whole), tensors(broken)
+    assert there.keys() == here.keys()
+    assert all(torch.equal(here[name], tensor) for name, tensor in there.items())
+    text = storage.read_bytes(f"{bucket}/runs/whole/metrics.jsonl").decode()
+    seen = [json.loads(line)["images_seen"] for line in text.splitlines()]
+    assert seen == list(range(16, 161, 16))
+    names = {e.relative.partition("/")[0] for e in storage.list_files(f"{bucket}/runs/whole")}
+    assert names == {
+        "checkpoints", "config.yaml", "latest.json", "metrics.jsonl", "samples", "tensorboard"
+    }  # fmt: skip
+    assert storage.list_files(f"{bucket}/runs/whole/tensorboard")
+
+
+TWO_RANKS = """
+import os, sys
+import torch, torch.distributed as dist
+from pipelines.config import TrainConfig
+from pipelines.fit import LocalContext, NonFiniteLoss, fit
+
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+for text in sys.argv[1:]:
+    config = TrainConfig.model_validate_json(text)
+    try:
+        fit(config, LocalContext(rank, 2, torch.device("cpu")))
+    except NonFiniteLoss as error:
+        print("STOPPED", error)
+dist.destroy_process_group()
+"""
+
+
+def run_on_two_ranks(port: int, *configs: TrainConfig) -> list[str]:
+    """Fit on two gloo processes; what each printed."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    texts = [config.model_dump_json() for config in configs]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, *texts],
+            env=os.environ | world | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+def test_two_sharded_ranks_equal_one_process_and_checkpoints_go_both_ways(
+    tiny_dataset, tmp_path, free_port
+):
+    def config(name: str, images: int, **changes) -> TrainConfig:
+        return config_for(tiny_dataset, tmp_path, name, total_images=images, **changes)
+
+    one = config("one", 160, grid_every_images=160)
+    two = config("two", 160, grid_every_images=160)
+    wild = {"learning_rate": 1e30, "warmup_images": 0, "ema_decays": (0.9,)}
+    fit(one, LocalContext())
+    fit(config("1to2", 80), LocalContext())
+    outputs = run_on_two_ranks(
+        free_port, two, config("2to1", 80), config("1to2", 160), config("wild", 160, optimizer=wild)
+    )
+    fit(config("2to1", 160), LocalContext())
+
+    expected = tensors(one)
+    assert any(name.startswith("ema.0.9.") for name in expected)
+    for name in ("two", "2to1", "1to2"):
+        found = tensors(config(name, 160))
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), (name, key)
+    losses = [line["loss"] for line in lines(one)]
+    assert [line["loss"] for line in lines(two)] == pytest.approx(losses, rel=1e-5)
+    with (
+        Image.open(tmp_path / "one/samples/images_0000000160.png") as a,
+        Image.open(tmp_path / "two/samples/images_0000000160.png") as b,
+    ):
+        off = torch.frombuffer(bytearray(a.tobytes()), dtype=torch.uint8).int()
+        off = (off - torch.frombuffer(bytearray(b.tobytes()), dtype=torch.uint8).int()).abs()
+        assert off.max() <= 1
+    stopped = [out[out.index("STOPPED") :].splitlines()[0] for out in outputs]
+    assert stopped[0] == stopped[1]
+    assert "at step 2" in stopped[0]

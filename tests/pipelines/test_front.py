@@ -1,0 +1,149 @@
+"""What stands before Ray's proxy, over applications that behave as the proxy does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from pipelines import front
+from pipelines.front import ATTEMPTS, MAX_BODY_BYTES, Front, read_body
+
+Answer = Callable[[bytes], Any]
+
+
+class Proxy:
+    """Answers one request after the other as it is told; None is a replica that dies."""
+
+    def __init__(self, *answers: Answer | None) -> None:
+        self.answers, self.bodies = list(answers), list[bytes]()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_body(front.pieces(receive))
+        self.bodies.append(body)
+        answer = self.answers.pop(0)
+        if answer is not None:
+            await answer(body)(scope, receive, send)
+
+
+def says(status: int) -> Answer:
+    """An error of Ray's own: plain text."""
+    return lambda _: PlainTextResponse("Traceback (most recent call last): secret", status)
+
+
+def echo(body: bytes) -> JSONResponse:
+    return JSONResponse({"body": body.decode()})
+
+
+def test_a_request_is_sent_again_when_its_replica_dies():
+    proxy = Proxy(None, says(500), echo)
+
+    answer = TestClient(Front(proxy)).post("/v1/images/generations", content=b"tench")
+
+    assert answer.json() == {"body": "tench"}
+    assert proxy.bodies == [b"tench"] * 3
+
+
+def test_when_replicas_keep_dying_the_answer_is_a_clear_503():
+    proxy = Proxy(*[None] * ATTEMPTS)
+
+    answer = TestClient(Front(proxy)).post("/v1/images/generations", content=b"tench")
+
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "2"
+    assert answer.json()["error"]["code"] == "unavailable"
+    assert "the replica that was drawing failed" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("of_ray", "ours"), [(404, 503), (408, 504), (429, 429), (503, 503)])
+def test_errors_of_ray_get_our_shape_and_lose_their_text(of_ray: int, ours: int):
+    proxy = Proxy(says(of_ray))
+
+    answer = TestClient(Front(proxy)).get("/v1/models")
+
+    assert (answer.status_code, answer.json()["error"]["type"]) == (ours, "server_error")
+    assert "secret" not in answer.text
+
+
+def test_errors_of_our_own_pass_as_they_are():
+    ours = {"error": {"message": "the queue is full"}}
+    proxy = Proxy(lambda _: JSONResponse(ours, 429, {"Retry-After": "7"}))
+
+    answer = TestClient(Front(proxy)).post("/v1/images/generations", content=b"{}")
+
+    assert (answer.status_code, answer.json(), answer.headers["retry-after"]) == (429, ours, "7")
+
+
+def test_a_stream_that_breaks_off_ends_with_an_event_that_says_so():
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        body = b"event: partial\ndata: {}\n\n"
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    answer = TestClient(Front(proxy)).post("/v1/images/generations", content=b"{}")
+
+    events = [part.split("\n")[0] for part in answer.text.strip().split("\n\n")]
+    assert events == ["event: partial", "event: error"]
+
+
+def test_whole_streams_are_not_touched():
+    proxy = Proxy(lambda _: StreamingResponse(iter(["a", "b"]), media_type="text/event-stream"))
+
+    assert TestClient(Front(proxy)).get("/").text == "ab"
+
+
+def test_a_body_that_is_too_large_or_too_slow_never_reaches_a_replica(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    proxy = Proxy()
+    client = TestClient(Front(proxy))
+
+    assert client.post("/", content=b"x" * (MAX_BODY_BYTES + 1)).status_code == 413
+    sent: list[Any] = []
+
+    async def never() -> Any:
+        await asyncio.sleep(60)
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    monkeypatch.setattr(front, "BODY_TIMEOUT_S", 0.05)
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(Front(proxy)(scope, never, keep))
+
+    assert sent[0]["status"] == 408
+    assert proxy.bodies == []
+
+
+def test_a_client_that_left_is_not_served_again():
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        calls.append(1)
+        while (await receive())["type"] != "http.disconnect":
+            pass  # Ray's proxy then cancels the request and answers nothing
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        raise AssertionError(f"nobody reads {message}")
+
+    calls: list[int] = []
+    messages = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(Front(proxy)(scope, receive, send))
+
+    assert calls == [1]
+
+
+def test_rays_table_of_routes_is_closed_and_its_health_route_open():
+    proxy = Proxy(echo)
+    client = TestClient(Front(proxy))
+
+    assert client.get("/-/routes").status_code == 404
+    assert client.get("/-/healthz").status_code == 200

@@ -1,0 +1,155 @@
+"""Images are decoded and cropped as the paper's loader and ADM's code do it, pixel for pixel."""
+
+from __future__ import annotations
+
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.images import BadImage, adm_crop, decode, decode_pixels, encode
+
+
+def _adm_transcription(image: bytes, size: int) -> np.ndarray[Any, Any]:
+    """center_crop_arr of guided-diffusion, as the authors of the paper call it."""
+    pil = Image.open(BytesIO(image)).convert("RGB")
+    while min(*pil.size) >= 2 * size:
+        pil = pil.resize(tuple(x // 2 for x in pil.size), resample=Image.BOX)
+    scale = size / min(*pil.size)
+    pil = pil.resize(tuple(round(x * scale) for x in pil.size), resample=Image.BICUBIC)
+    arr = np.array(pil)
+    y, x = (arr.shape[0] - size) // 2, (arr.shape[1] - size) // 2
+    return arr[y : y + size, x : x + size]
+
+
+def _save(img: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = BytesIO()
+    img.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("size", [64, 256, 512])
+def test_real_photographs_are_cropped_as_adm_does(imagenet_sample: Path, size: int) -> None:
+    files = sorted(imagenet_sample.glob("*.JPEG"))
+    assert len(files) == 200
+    # A quarter at the sizes that take long; the slow test below takes all of them.
+    chosen = files if size == 64 else files[size // 512 :: 4]
+    for file in chosen:
+        image = file.read_bytes()
+        found = np.asarray(adm_crop(decode(image), size))
+        assert np.array_equal(found, _adm_transcription(image, size)), file.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [256, 512])
+def test_every_real_photograph_is_cropped_as_adm_does(imagenet_sample: Path, size: int) -> None:
+    for file in sorted(imagenet_sample.glob("*.JPEG")):
+        image = file.read_bytes()
+        found = np.asarray(adm_crop(decode(image), size))
+        assert np.array_equal(found, _adm_transcription(image, size)), file.name
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [
+        (28, 28),
+        (63, 64),
+        (64, 127),
+        (127, 128),
+        (129, 128),
+        (257, 300),
+        (100, 999),
+        (1, 1),
+        (3, 40),
+    ],
+)
+def test_odd_sizes_are_cropped_as_adm_does(width: int, height: int) -> None:
+    for size in (28, 32, 64):
+        image = _save(_noise(width, height), "PNG")
+        found = np.asarray(adm_crop(decode(image), size))
+        assert found.shape == (size, size, 3)
+        assert np.array_equal(found, _adm_transcription(image, size))
+
+
+def test_what_the_papers_loader_accepts_is_seen_as_it_sees_it() -> None:
+    noise = _noise(40, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate: the paper's loader ignores it
+    paletted = noise.quantize(16)
+    paletted.info["transparency"] = 3
+    deep = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    cases = {
+        "grey JPEG": _save(noise.convert("L"), "JPEG"),
+        "CMYK JPEG": _save(noise.convert("CMYK"), "JPEG"),
+        "rotated by EXIF": _save(noise, "JPEG", exif=exif),
+        "corrupt EXIF": _save(noise, "JPEG", exif=b"Exif\0\0" + b"\xff" * 40),
+        "palette with a clear colour": _save(paletted, "PNG", transparency=3),
+        "RGBA": _save(noise.convert("RGBA"), "PNG"),
+        "16 bit": _save(deep, "PNG"),
+        "one bit": _save(noise.convert("1"), "PNG"),
+        "WebP": _save(noise, "WEBP"),
+        "BMP": _save(noise, "BMP"),
+        "GIF of two frames": _save(
+            paletted, "GIF", save_all=True, append_images=[_noise(40, 30, 1).quantize(16)]
+        ),
+        "bytes after the end": _save(noise, "JPEG") + b"more",
+    }
+    for name, image in cases.items():
+        found = decode(image)
+        assert found.mode == "RGB", name
+        assert found.size == (40, 30), name
+        assert found.tobytes() == Image.open(BytesIO(image)).convert("RGB").tobytes(), name
+
+
+def test_what_cannot_be_used_says_why_and_equally_each_time() -> None:
+    noise = _noise(400, 300)
+    jpeg = _save(noise, "JPEG")
+    png = _save(noise, "PNG")
+    cases = {
+        "empty file": b"",
+        "not an image of JPEG, PNG": b"some text, named .JPEG",
+        "truncated": jpeg[: len(jpeg) // 2],
+        "image file is truncated": png[: len(png) // 2],
+        "Truncated File Read": jpeg[:10],
+        "more than 89478485 pixels": _save(Image.new("1", (10_000, 9_000)), "PNG"),
+        "decompression bomb": _save(Image.new("1", (20_000, 10_000)), "PNG"),
+        "not an image of": _save(noise, "TIFF"),
+    }
+    for reason, image in cases.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with pytest.raises(BadImage, match=reason) as first:
+                decode(image)
+            with pytest.raises(BadImage) as second:
+                decode(image)
+        assert str(first.value) == str(second.value)
+        assert "0x" not in str(first.value)
+
+
+def test_an_image_too_long_to_scale_is_refused_before_memory_is_taken() -> None:
+    with pytest.raises(BadImage, match="5120000 x 256"):
+        adm_crop(Image.new("RGB", (20_000, 1)), 256)
+
+
+@pytest.mark.parametrize("encoding", ["png", "webp", "raw"])
+def test_stored_pixels_come_back_exactly(encoding: str) -> None:
+    for side in (1, 28, 64):
+        pixels = np.asarray(_noise(side, side))
+        image = encode(pixels, encoding)
+        assert image == encode(pixels, encoding)
+        assert np.array_equal(decode_pixels(image), pixels)
+        assert Image.open(BytesIO(image)).size == (side, side)  # any viewer opens it
+
+
+def test_an_unknown_encoding_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"jpeg.*expected png, webp or raw"):
+        encode(np.zeros((1, 1, 3), np.uint8), "jpeg")

@@ -1,0 +1,290 @@
+"""Every layout in which people keep images gives the same images, from a disk and from S3."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pipelines import sources, storage
+from pipelines.index import ImageRef, Index, numbered_classes
+from pipelines.labels import class_list, label_file
+from pipelines.sources import open_source, read_images, write_index
+
+Tar = list[tuple[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def photos(imagenet_sample: Path) -> dict[str, bytes]:
+    """Eight real photographs, as wnid/name.JPEG of four classes."""
+    files = sorted(imagenet_sample.glob("*.JPEG"))
+    return {
+        f"{files[4 * (i // 2)].name.split('_')[0]}/{files[i].name}": files[i].read_bytes()
+        for i in range(0, 16, 2)
+        for i in [4 * (i // 4) + i % 4 // 2]
+    }
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URI below which nothing is yet."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    for name, value in request.getfixturevalue("s3_environment").items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+def tar(members: Tar, kind: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar archive, in the order given."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def found(
+    uri: str, folder: Path, classes: str = "", labels: str = ""
+) -> tuple[list[ImageRef], dict[str, tuple[str, bytes | str]]]:
+    """What a source lists, and by its paths the class names and bytes."""
+    source = open_source(uri, classes, labels)
+    write_index(source, folder / "index")
+    index = Index(folder / "index")
+    refs = index.refs(range(len(index)))
+    infos = source.classes or numbered_classes(index)
+    got = dict(read_images(source.root, refs))
+    names = [infos[r.label].wnid or infos[r.label].name if r.label >= 0 else "" for r in refs]
+    return refs, {ref.path: (names[i], got[i]) for i, ref in enumerate(refs)}
+
+
+def by_class(photos: dict[str, bytes]) -> dict[str, Tar]:
+    """The photographs of each class."""
+    classes: dict[str, Tar] = {}
+    for path, image in photos.items():
+        wnid, _, name = path.partition("/")
+        classes.setdefault(wnid, []).append((name, image))
+    return classes
+
+
+def test_a_tree_and_imagenets_tar_of_tars_and_one_tar_a_class_are_the_same(
+    root: str, photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    for path, image in photos.items():
+        storage.write_bytes(storage.join(root, "a/b/c/train", path), image)
+    inner = {f"{wnid}.tar": tar(members) for wnid, members in by_class(photos).items()}
+    backwards = list(inner.items())[::-1]  # the order in the outer tar means nothing
+    place = storage.join(root, "ILSVRC2012_img_train.tar")
+    storage.write_bytes(place, tar([*backwards, ("readme.txt", b"no image")]))
+    for name, content in inner.items():
+        storage.write_bytes(storage.join(root, "classes", name), content)
+
+    expected = {path: (path.partition("/")[0], image) for path, image in photos.items()}
+    for uri in (storage.join(root, "a/b/c/train"), place, storage.join(root, "classes")):
+        refs, got = found(uri, tmp_path)
+        assert got == expected
+        assert [ref.label for ref in refs] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_tar_on_s3_is_read_by_ranges_and_never_as_a_whole(
+    photos: dict[str, bytes], tmp_path: Path, s3_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://bucket/{uuid.uuid4().hex}/train.tar"
+    outer = tar([(f"{wnid}.tar", tar(members)) for wnid, members in by_class(photos).items()])
+    storage.write_bytes(uri, outer)
+    reads: list[int] = []
+    read_bytes = storage.read_bytes
+
+    def counted(uri: str, first: int = 0, length: int | None = None) -> bytes:
+        assert length is not None
+        reads.append(length)
+        return read_bytes(uri, first, length)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    write_index(open_source(uri), tmp_path / "index")
+    assert len(Index(tmp_path / "index")) == 8
+    assert max(reads) == 4096
+    assert len(reads) <= 8 + 3 * 4 + 4  # a request a member, and few more a tar
+    assert sum(reads) < len(outer) // 4
+
+
+def test_the_validation_tar_is_labelled_by_the_package_or_by_a_file(
+    root: str, photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    images = list(photos.values())[:3]
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (15416, 3116, 2)]
+    place = storage.join(root, "tar", "ILSVRC2012_img_val.tar")
+    storage.write_bytes(place, tar(list(zip(names, images, strict=True))))
+    _, got = found(place, tmp_path)
+    assert [(wnid, image) for wnid, image in got.values()][:2] == [
+        ("n01534433", images[0]), ("n01534433", images[1])
+    ]  # fmt: skip
+    assert len(open_source(place).classes) == 1000
+
+    # Kaggle's file, for the tar and for a folder into which it was unpacked.
+    solution = storage.join(root, "LOC_val_solution.csv")
+    lines = ["ImageId,PredictionString", f"{names[0][:-5]},n01440764 1 2 3 4 n01440764 5 6 7 8",
+             f"{names[1][:-5]},n01443537 1 2 3 4"]  # fmt: skip
+    storage.write_bytes(solution, "\n".join(lines).encode())
+    for name, image in zip(names, images, strict=True):
+        storage.write_bytes(storage.join(root, "folder", name), image)
+    for uri in (place, storage.join(root, "folder")):
+        refs, got = found(uri, tmp_path, labels=solution)
+        wnids = {ref.path.rpartition("/")[2]: got[ref.path][0] for ref in refs}
+        assert wnids == {names[0]: "n01440764", names[1]: "n01443537", names[2]: ""}
+        unlabelled = next(ref for ref in refs if ref.path.endswith(names[2]))
+        assert unlabelled.problem == "it has no label"
+        assert got[unlabelled.path][1] == "it has no label"
+
+
+def test_webdataset_tars_bring_labels_in_cls_and_json(
+    root: str, photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    a, b, c, d, *_ = photos.values()
+    first = [
+        ("00/x.jpg", a), ("00/x.cls", b"3"), ("00/x.txt", b"a caption"),
+        ("00/y.json", json.dumps({"label": 1, "caption": "y"}).encode()), ("00/y.png", b),
+        ("00/bare.jpg", c), ("00/odd.jpg", c), ("00/odd.cls", b"tench"),
+        ("00/nojson.jpg", c), ("00/nojson.json", b"{"), ("00/nokey.jpg", c),
+        ("00/nokey.json", b"[1]"), ("00/text.txt", b"no image here"), ("00/text.cls", b"1"),
+    ]  # fmt: skip
+    second = [("x.seg.v1.jpg", d), ("x.seg.v1.cls", b"0\n"), ("z.jpg", d), ("z.cls", b"0"),
+              ("x.jpg", a), ("x.cls", b"2")]  # fmt: skip
+    storage.write_bytes(storage.join(root, "train-000.tar"), tar(first))
+    storage.write_bytes(storage.join(root, "train-001.tar"), tar(second, tarfile.PAX_FORMAT))
+
+    for uri in (root, storage.join(root, "train-*.tar")):
+        refs, got = found(uri, tmp_path)
+        assert {p: v for p, v in got.items() if isinstance(v[1], bytes)} == {
+            "train-000.tar/00/x.jpg": ("3", a),
+            "train-000.tar/00/y.png": ("1", b),
+            "train-001.tar/z.jpg": ("0", d),
+        }
+        assert {ref.path.rpartition("/")[2]: ref.problem for ref in refs if ref.problem} == {
+            "bare.jpg": "it has no .cls and no .json beside it",
+            "odd.jpg": "its label is no number and not in the class list: 'tench'",
+            "nojson.jpg": "its .json cannot be read",
+            "nokey.jpg": "its .json has none of label, cls, class, class_id",
+            "x.seg.v1.jpg": "it has no .cls and no .json beside it",
+            "x.jpg": "an earlier sample of the archive has the same name",
+        }
+    names = storage.join(root, "names.txt")
+    storage.write_bytes(names, b"shark\ngoldfish\nwhite shark\ntench\n")
+    _, got = found(root, tmp_path, classes=names)
+    assert got["train-000.tar/00/odd.jpg"] == ("tench", c)
+    assert got["train-000.tar/00/y.png"] == ("goldfish", b)
+
+
+def test_a_class_list_orders_names_and_chooses(tmp_path: Path) -> None:
+    for i, name in enumerate(["n01440764", "n01443537", "zebra", "dog"]):
+        storage.write_bytes(str(tmp_path / "tree" / name / "1.png"), bytes([i]))
+    listed = tmp_path / "classes.txt"
+    listed.write_text(
+        "# mine\nzebra\tStriped horse\nn01443537 goldfish, best of all\n\nn01440764\n"
+    )
+    _, got = found(str(tmp_path / "tree"), tmp_path, classes=str(listed))
+    assert [c.info.name for c in class_list(str(listed))] == [
+        "Striped horse", "goldfish, best of all", "tench, Tinca tinca"
+    ]  # fmt: skip
+    assert [(path, label) for path, (label, _) in got.items()] == [
+        ("zebra/1.png", "Striped horse"), ("n01443537/1.png", "n01443537"),
+        ("n01440764/1.png", "n01440764"),
+    ]  # fmt: skip
+    for text, message in (
+        ("zebra\ngnu\n", "1 of 2 listed classes are not in .*'gnu'"),
+        ("\n# nothing", "names no class"),
+        ("a\nb\na\n", "names 'a' twice"),
+    ):
+        listed.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_source(str(tmp_path / "tree"), str(listed))
+    assert [c.key for c in class_list("imagenet")][:2] == ["n01440764", "n01443537"]
+    assert len(class_list("imagenet")) == 1000
+
+
+def test_one_class_takes_any_layout(tmp_path: Path, photos: dict[str, bytes]) -> None:
+    images = sorted(photos.values())
+    for i, image in enumerate(images):
+        name = [f"{i}.jpg", f"a/{i}.jpg", f"a/b/{i}.jpg", f"val/{i}.jpg"][i % 4]
+        storage.write_bytes(str(tmp_path / "tree" / name), image)
+    (tmp_path / "flat.tar").write_bytes(tar([(f"x/{i}.jpg", im) for i, im in enumerate(images)]))
+    nested = [(f"{w}.tar", tar(members)) for w, members in by_class(photos).items()]
+    (tmp_path / "nested.tar").write_bytes(tar(nested))
+    (tmp_path / "web.tar").write_bytes(tar([(f"{i}.{e}", c) for i, im in enumerate(images)
+                                            for e, c in (("jpg", im), ("cls", b"7"))]))  # fmt: skip
+    for name in ("tree", "flat.tar", "nested.tar", "web.tar"):
+        _, got = found(str(tmp_path / name), tmp_path, classes="one")
+        assert sorted(image for _, image in got.values()) == images, name  # type: ignore[type-var]
+        assert {label for label, _ in got.values()} == {"image"}, name
+
+
+def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
+    for text in ("a.png 0\nb.png 1\n", "a,0\nb,1\n", "x/a.png\t0 more\nx/b.png\t1\n"):
+        (tmp_path / "labels").write_text(text)
+        for name in "ab":
+            storage.write_bytes(str(tmp_path / "flat" / f"{name}.png"), name.encode())
+        refs, _ = found(str(tmp_path / "flat"), tmp_path, labels=str(tmp_path / "labels"))
+        assert [(r.path, r.label) for r in refs] == [("a.png", 0), ("b.png", 1)], text
+    (tmp_path / "labels").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match="no line of the form: name label"):
+        label_file(str(tmp_path / "labels"))
+    (tmp_path / "labels").write_text("a cat\nb dog\n")
+    with pytest.raises(ValueError, match=r"no label for .* is a number or a known class"):
+        open_source(str(tmp_path / "flat"), labels=str(tmp_path / "labels"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.tar", b"", "is an empty archive"),
+        ("x.tar", bytes(10240), "is an empty archive"),
+        ("x.tar", b"no tar at all" * 100, "no tar header at byte 0"),
+        ("x.tar", tar([("a.jpg", b"1" * 9000)])[:5000], "ends in the middle of a member"),
+        ("x.tar", tar([("a/1.jpg", b"1"), ("b/1.jpg", b"1")]), "has no labels: expected"),
+        ("x.tar", tar([("a.tar", tar([("1.txt", b"")]))]), "class tar .*a has no images"),
+        ("x.tar", tar([("a.tar", tar([("1.jpg", b"1")])), ("b/a.tar", b"")]), "two tars of class"),
+    ],
+)
+def test_a_tar_that_is_no_source_says_what_is_wrong(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        found(str(tmp_path / name), tmp_path)
+
+
+def test_tars_of_several_kinds_in_a_folder_must_be_chosen(tmp_path: Path) -> None:
+    for name in ("train-00.tar", "train-01.tar", "val-00.tar", "a.parquet"):
+        (tmp_path / name).write_bytes(tar([("a.jpg", b"1"), ("a.cls", b"1")]))
+    with pytest.raises(ValueError, match="both Parquet files and tars"):
+        open_source(str(tmp_path / "*"))
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(ValueError, match=r"tars of several kinds.*--source '.*/train\*\.tar'"):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path / "train*.tar")).parts) == 2
+
+
+def test_the_list_of_a_part_does_not_depend_on_the_others(
+    tmp_path: Path, photos: dict[str, bytes]
+) -> None:
+    nested = [(f"{w}.tar", tar(members)) for w, members in by_class(photos).items()]
+    (tmp_path / "x.tar").write_bytes(tar(nested))
+    source = open_source(str(tmp_path / "x.tar"))
+    write_index(source, tmp_path / "whole")
+    listed = [sources.list_part(source, part) for part in source.parts]
+    write_index(source, tmp_path / "parts", listed)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    before = [part.key for part in source.parts]
+    assert len(set(before)) == 4
+    os.utime(tmp_path / "x.tar", (1, 1))
+    assert not set(before) & {p.key for p in open_source(str(tmp_path / "x.tar")).parts}

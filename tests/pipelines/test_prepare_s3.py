@@ -1,0 +1,225 @@
+"""Preparation from and to S3: a store that fails, credentials that expire, secrets that stay."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import uuid
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+from pipelines import job, lease, prepare, shards, storage
+from pipelines.config import PrepareConfig
+
+NUM_IMAGES = 3 * 40
+
+
+def _tar(members: list[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def archive() -> bytes:
+    """A tar of tars: three of ImageNet's classes, 40 images each."""
+    inner = []
+    for label, wnid in enumerate(["n01440764", "n01443537", "n01484850"]):
+        images = []
+        for i in range(40):
+            pixels = np.random.default_rng([label, i]).integers(0, 256, (40, 44, 3), np.uint8)
+            buffer = BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            images.append((f"{wnid}_{i}.png", buffer.getvalue()))
+        inner.append((f"{wnid}.tar", _tar(images)))
+    return _tar(inner)
+
+
+@pytest.fixture(scope="module")
+def local(ray_cluster: None, archive: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive as a dataset folder, without S3."""
+    folder = tmp_path_factory.mktemp("local")
+    (folder / "train.tar").write_bytes(archive)
+    prepare.run(_config(str(folder / "train.tar"), str(folder / "dataset")))
+    return folder / "dataset"
+
+
+def _config(source: str, output: str, **fields: Any) -> PrepareConfig:
+    small = {"image_size": 32, "rows_per_shard": 16, "rows_per_group": 5, "encoding": "png"}
+    return PrepareConfig.model_validate({"source": source, "output": output} | small | fields)
+
+
+def _run(
+    source: str, output: str, environment: dict[str, str], *more: str
+) -> subprocess.CompletedProcess[str]:
+    """The command, on the cluster of the tests, whose workers get these variables as well."""
+    command = [sys.executable, "-m", "pipelines.prepare", "--source", source, "--output", output]
+    command += ["--image-size", "32", "--rows-per-shard", "16", "--rows-per-group", "5"]
+    described = {"runtime_env": {"env_vars": environment}}
+    here = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    here["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(described)
+    return subprocess.run(
+        [*command, "--encoding", "png", *more], env=os.environ | environment | here,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def _digests(output: str) -> dict[str, str]:
+    """Digests of all files but the manifest, and the manifest's fingerprint."""
+    files = [f for f in storage.list_files(output) if f.relative != shards.MANIFEST]
+    digests = {f.relative: hashlib.sha256(storage.read_bytes(f.uri)).hexdigest() for f in files}
+    return digests | {"fingerprint": shards.read_manifest(output).fingerprint}
+
+
+def _point_to(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.ray
+def test_a_store_that_fails_every_fourth_request_gives_equal_bytes_and_no_secrets(
+    local: Path, archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    faulty_store: Any, faulty_environment: dict[str, str], s3_environment: dict[str, str],
+) -> None:  # fmt: skip
+    environment = faulty_environment | {"JIT_CACHE": str(tmp_path / "cache")}
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    _point_to(s3_environment, monkeypatch)
+    storage.write_bytes(f"{root}/train.tar", archive)
+
+    done = _run(f"{root}/train.tar", f"{root}/dataset", environment)
+    assert done.returncode == 0, done.stderr
+    assert "listing 3 of 3 tars" in done.stderr
+    assert re.search(r"shard 8/8, image 120/120, \d+ images/s, \d+\.\d MB/s, 0 rejects, 0 s left",
+                     done.stderr)  # fmt: skip
+    assert min(faulty_store.seen[kind] for kind in ("slow_down", "reset", "truncate")) >= 3
+
+    assert _digests(f"{root}/dataset") == _digests(str(local))
+    assert shards.verify(f"{root}/dataset") == []
+    secret = s3_environment["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in done.stderr + done.stdout
+    for entry in storage.list_files(f"{root}/dataset"):
+        assert secret.encode() not in storage.read_bytes(entry.uri), entry.relative
+
+
+@pytest.mark.ray
+def test_credentials_that_expire_are_one_line_and_new_ones_go_on(
+    local: Path, archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    faulty_store: Any, faulty_environment: dict[str, str], s3_environment: dict[str, str],
+) -> None:  # fmt: skip
+    environment = faulty_environment | {"JIT_CACHE": str(tmp_path / "cache")}
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    _point_to(s3_environment, monkeypatch)
+    storage.write_bytes(f"{root}/train.tar", archive)
+    faulty_store.slow_down = faulty_store.reset = faulty_store.truncate = 0.0
+    faulty_store.code_after = (230, "ExpiredToken")  # while shards are written
+
+    done = _run(f"{root}/train.tar", f"{root}/dataset", environment)
+    assert done.returncode == 2, done.stderr
+    assert faulty_store.seen["passed"] == 230
+    errors = [line for line in done.stderr.splitlines() if "have expired" in line]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: the credentials for s3://bucket/")
+    assert "Traceback" not in done.stderr
+    with pytest.raises(FileNotFoundError, match="no manifest"):
+        shards.read_manifest(f"{root}/dataset")
+
+    faulty_store.code_after = None
+    done = _run(f"{root}/train.tar", f"{root}/dataset", environment)
+    assert done.returncode == 0, done.stderr
+    assert "going on with what was interrupted" in done.stderr
+    assert _digests(f"{root}/dataset") == _digests(str(local))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_second_writer_is_refused_by_name(
+    local: Path, tmp_path: Path, where: str, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    output = str(tmp_path / "dataset")
+    if where == "s3":
+        _point_to(request.getfixturevalue("s3_environment"), monkeypatch)
+        output = f"s3://bucket/{uuid.uuid4().hex}"
+    source = str(local.parent / "train.tar")
+    with lease.claim(storage.join(output, job.WORK, "writer")):
+        with pytest.raises(PermissionError, match=rf"written by .*process {os.getpid()} on "):
+            prepare.run(_config(source, output))
+        assert [f.relative for f in storage.list_files(output)] == ["_work/writer/00001.json"]
+    if where == "local":
+        prepare.run(_config(source, output))
+        assert _digests(output) == _digests(str(local))
+
+
+@pytest.mark.ray
+def test_a_pass_for_two_sizes_makes_what_two_passes_make(local: Path, tmp_path: Path) -> None:
+    source = str(local.parent / "train.tar")
+    prepare.run(_config(source, str(tmp_path / "both"), image_size=(32, 16)))
+    prepare.run(_config(source, str(tmp_path / "small"), image_size=16))
+    assert sorted(f.name for f in (tmp_path / "both").iterdir()) == ["16", "32"]
+    for size, alone in ((32, local), (16, tmp_path / "small")):
+        folder = str(tmp_path / "both" / str(size))
+        assert _digests(folder) == _digests(str(alone))
+        manifest = storage.read_bytes(f"{folder}/manifest.json")
+        assert manifest == storage.read_bytes(f"{alone}/manifest.json")
+    prepare.run(_config(source, str(tmp_path / "both"), image_size=(32, 16)))  # finished already
+    with pytest.raises(ValueError, match=r"both is not empty.*it holds '16'"):
+        prepare.run(_config(source, str(tmp_path / "both"), image_size=(32, 8)))
+
+
+@pytest.mark.ray
+def test_the_list_of_a_tar_goes_on_where_it_was_interrupted(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, output = str(local.parent / "train.tar"), str(tmp_path / "dataset")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "describe", killed)  # comes after the list
+        with pytest.raises(KeyboardInterrupt):
+            prepare.run(_config(source, output))
+    kept = sorted((tmp_path / "dataset" / "_work" / "index").iterdir())
+    assert len(kept) == 3
+    kept[0].unlink()
+    with caplog.at_level("INFO"):
+        prepare.run(_config(source, output))
+    assert "listing 1 of 3 tars" in caplog.text
+    assert _digests(output) == _digests(str(local))
+
+
+def test_a_dry_run_on_s3_says_what_comes_and_writes_nothing(
+    archive: bytes, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    _point_to(s3_environment, monkeypatch)
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    storage.write_bytes(f"{root}/train.tar", archive)
+    with caplog.at_level("INFO"):
+        config = _config(f"{root}/train.tar", f"{root}/out", image_size=(32, 16), dry_run=True)
+        prepare.run(config)
+        monkeypatch.setattr(prepare, "SAMPLE_PARTS", 2)
+        prepare.run(config)
+    assert "120 images of 3 classes -> 8 shards of 16" in caplog.text
+    assert re.search(r"/out/32: about 0\.000\d+ GB", caplog.text)
+    assert "about 120 images of 3 classes" in caplog.text
+    assert re.search(
+        r"64 images tried, 0 of them cannot be used; about \S+ core-hours", caplog.text
+    )
+    assert [f.relative for f in storage.list_files(root)] == ["train.tar"]

@@ -1,0 +1,120 @@
+"""A replica without Ray Serve around it: what it serves after each wish, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from jitmodel.artifact import ArtifactInfo, save_artifact
+from jitmodel.config import ModelConfig, SamplerConfig
+from jitmodel.model import JiT
+from pipelines.config import ServeConfig
+from pipelines.replica import Server
+
+MODEL = ModelConfig(
+    image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
+    in_context_len=2, in_context_start=1, num_classes=3,
+)  # fmt: skip
+CONFIG = ServeConfig(slots=2, max_steps=10_000, precision="fp32")
+
+
+def make_artifact(folder: Path, seed: int) -> ArtifactInfo:
+    model = JiT(MODEL, generator=torch.Generator().manual_seed(seed))
+    info = ArtifactInfo(model=MODEL, sampler=SamplerConfig(steps=4), run=f"run-{seed}")
+    return save_artifact(folder, model.state_dict(), info)
+
+
+async def settled(server: Server) -> None:
+    """Waits until the replica has done what it was told."""
+    while server._tasks:
+        await asyncio.gather(*server._tasks)
+
+
+def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_path: Path):
+    first, second = make_artifact(tmp_path / "a", 1), make_artifact(tmp_path / "b", 2)
+
+    async def story() -> None:
+        server = Server(CONFIG)
+        app = server.__serve_build_asgi_app__()
+        await server.reconfigure({"model": str(tmp_path / "a")})
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            async def draw(**asked: Any) -> str:
+                body = {"prompt": "0", **asked}
+                answer = await client.post("/v1/images/generations", json=body, timeout=60)
+                assert answer.status_code == 200, answer.text
+                return answer.json()["artifact_sha256"]
+
+            long = asyncio.create_task(draw(num_inference_steps=1000))
+            while not server.live.service.engine.running:
+                await asyncio.sleep(0.01)
+            old = server.live.service.engine
+            await server.reconfigure({"model": str(tmp_path / "b")})
+            while server.live.service.engine is old:
+                assert await draw() == first.weights_sha256
+            assert not long.done()
+            assert await draw() == second.weights_sha256
+            assert await long == first.weights_sha256
+            await settled(server)
+            assert not old.healthy, "it was closed"
+            assert server.live.service.engine.healthy
+
+            keys = [[16 * "abcd", 3]]  # of nobody: the door is closed from now on
+            await server.reconfigure({"model": str(tmp_path / "b"), "keys": keys})
+            await settled(server)
+            assert (await client.get("/v1/models")).status_code == 401
+        server.live.service.engine.close()
+
+    asyncio.run(story())
+
+
+def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
+    good = make_artifact(tmp_path / "good", 1)
+    make_artifact(tmp_path / "bad", 2)
+    weights = tmp_path / "bad" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    async def story() -> None:
+        server = Server(CONFIG)
+        app = server.__serve_build_asgi_app__()
+        await server.reconfigure({"model": str(tmp_path / "good")})
+        refused = [
+            ({"model": str(tmp_path / "bad")}, "damaged"),
+            ({"model": str(tmp_path / "nothing")}, "no such file"),
+            ({"model": str(tmp_path / "good"), "weights_sha256": "f" * 64}, "it was replaced"),
+        ]
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for wish, reason in refused:
+                await server.reconfigure(wish)
+                await settled(server)
+                health = (await client.get("/readyz")).json()
+                assert health["artifact_sha256"] == good.weights_sha256
+                assert reason in health["refused"]
+                answer = await client.post("/v1/images/generations", json={"prompt": "1"})
+                assert answer.json()["artifact_sha256"] == good.weights_sha256
+            await server.reconfigure({"model": str(tmp_path / "good")})
+            await settled(server)
+            assert (await client.get("/readyz")).json()["refused"] is None
+        server.check_health()
+        server.live.service.engine.close()
+        with pytest.raises(RuntimeError, match="the engine does not draw"):
+            server.check_health()
+
+    asyncio.run(story())
+
+
+def test_a_replica_that_has_nothing_else_fails_on_a_broken_artifact(tmp_path: Path):
+    make_artifact(tmp_path / "bad", 1)
+    (tmp_path / "bad" / "config.json").write_text("{}")
+
+    with pytest.raises(ValueError, match="is not the config of an artifact"):
+        asyncio.run(Server(CONFIG).reconfigure({"model": str(tmp_path / "bad")}))
+    with pytest.raises(ValueError, match="modle"):
+        asyncio.run(Server(CONFIG).reconfigure({"modle": "x"}))

@@ -1,0 +1,32 @@
+"""What a cluster has, and what it may still get."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import runtime
+
+
+def test_workers_that_may_still_come_are_counted_and_the_head_is_not(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        """
+max_workers: 10
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 8}}
+  gpu: {resources: {CPU: 96, GPU: 8}, max_workers: 4}
+  cpu: {resources: {CPU: 16}, max_workers: 100}
+"""
+    )
+    assert runtime.launchable(file) == {"CPU": 4 * 96 + 10 * 16, "GPU": 32}
+    assert runtime.launchable(tmp_path / "other.yaml") == {}
+
+
+def test_the_projects_own_cluster_may_start_gpus(repository: Path):
+    assert runtime.launchable(repository / "cluster.yaml")["GPU"] >= 8
+
+
+@pytest.mark.ray
+def test_a_local_cluster_has_what_it_has(ray_cluster):
+    assert runtime.capacity() == {"CPU": 4, "GPU": 0}

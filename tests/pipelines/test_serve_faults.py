@@ -1,0 +1,286 @@
+"""What goes wrong around a server: too many clients, clients that leave or dawdle, a dead replica.
+
+Bounded, and on loopback only. The first tests have the whole application in this process; the slow
+ones start `jit serve` as a person does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from jitmodel.artifact import ArtifactInfo, load_artifact, read_info, save_artifact
+from jitmodel.config import ModelConfig, SamplerConfig
+from jitmodel.model import JiT
+from pipelines.api import Live, Service, create_app
+from pipelines.config import ServeConfig
+from pipelines.engine import Engine
+from pipelines.front import Front
+
+PATH = "/v1/images/generations"
+MODEL = ModelConfig(
+    image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
+    in_context_len=2, in_context_start=1, num_classes=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact")
+    model = JiT(MODEL, generator=torch.Generator().manual_seed(0))
+    info = ArtifactInfo(model=MODEL, sampler=SamplerConfig(steps=10), run="tiny")
+    save_artifact(folder, model.state_dict(), info)
+    return folder
+
+
+@contextlib.contextmanager
+def listening(artifact: Path, **config: object) -> Iterator[tuple[str, Engine]]:
+    """The application behind its front on a real socket; its URL and its engine."""
+    settings = ServeConfig(model=str(artifact), precision="fp32", **config)
+    engine = Engine(
+        load_artifact(artifact),
+        torch.device("cpu"),
+        slots=settings.slots,
+        max_queue=settings.max_queue,
+    )
+    engine.warm_up()
+    engine.start()
+    app = Front(create_app(Live(Service(engine, read_info(artifact), settings, "tiny", 1))))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}", engine
+    server.force_exit = server.should_exit = True
+    thread.join()
+    engine.close()
+
+
+@dataclass
+class Seen:
+    """What one request met."""
+
+    status: int
+    seconds: float
+    code: str | None
+
+
+async def flood(url: str, rate: float, seconds: float, asked: dict[str, object]) -> list[Seen]:
+    """Requests at an even rate, whatever comes back."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    seen: list[Seen] = []
+
+    async def one(client: httpx.AsyncClient) -> None:
+        began = time.monotonic()
+        answer = await client.post(url + PATH, json=asked)
+        error = answer.json().get("error", {})
+        seen.append(Seen(answer.status_code, time.monotonic() - began, error.get("code")))
+        if answer.status_code == 429:
+            assert int(answer.headers["retry-after"]) >= 1
+
+    async with httpx.AsyncClient(limits=limits, timeout=120) as client:
+        start, tasks = time.monotonic(), []
+        for number in range(int(rate * seconds)):
+            await asyncio.sleep(max(0.0, start + number / rate - time.monotonic()))
+            tasks.append(asyncio.create_task(one(client)))
+        await asyncio.gather(*tasks)
+    return seen
+
+
+def resident(pid: int) -> float:
+    """Memory of a process in MB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def check_flood(seen: list[Seen], deadline_s: float) -> Counter[int]:
+    """Accepted requests keep the deadline, the others hear 429 at once, nothing else happens."""
+    met = Counter(s.status for s in seen)
+    assert set(met) <= {200, 429}, met
+    assert met[200] > 0
+    assert met[429] > met[200], "it was no overload"
+    assert max(s.seconds for s in seen if s.status == 200) < deadline_s + 1
+    refused = sorted(s.seconds for s in seen if s.status == 429)
+    assert refused[len(refused) // 2] < 0.5
+    assert {s.code for s in seen if s.status == 429} == {"queue_full"}
+    return met
+
+
+def wait_until(claim: str, test: object, seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while not test():  # type: ignore[operator]
+        assert time.monotonic() < until, f"not within {seconds:g} s: {claim}"
+        time.sleep(0.02)
+
+
+def test_at_ten_times_capacity_some_are_served_in_time_and_the_rest_hear_429(artifact: Path):
+    with listening(artifact, slots=2, max_queue=14, timeout_s=2) as (url, engine):
+        asked = {"prompt": "0", "num_inference_steps": 40, "guidance_scale": 1.0}
+        evaluations = 79
+        capacity = 2 / (evaluations * engine.tick_s)
+
+        seen = asyncio.run(flood(url, min(10 * capacity, 150), 3, asked))
+
+        check_flood(seen, 2)
+        wait_until("it is idle again", lambda: not engine.running + engine.waiting)
+        assert httpx.post(url + PATH, json={"prompt": "0"}).status_code == 200
+
+
+def test_slow_and_half_open_clients_hold_no_slot(artifact: Path):
+    with listening(artifact, slots=2) as (url, engine), contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        for number in range(30):
+            s = stack.enter_context(socket.create_connection(address))
+            match number % 3:
+                case 0:  # nothing
+                    pass
+                case 1:  # half a head
+                    s.sendall(head[:40].encode())
+                case 2:  # half a body
+                    s.sendall(f'{head}Content-Length: 99\r\n\r\n{{"prompt"'.encode())
+        body = json.dumps({"prompt": "0", "stream": True, "n": 8, "partial_images": 10}).encode()
+        for _ in range(5):  # they ask for a stream and never read it
+            s = stack.enter_context(socket.create_connection(address))
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            s.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+        began = time.monotonic()
+        assert httpx.post(url + PATH, json={"prompt": "0"}, timeout=20).status_code == 200
+        assert time.monotonic() - began < 10
+        wait_until("the slots of those that do not read are free", lambda: not engine.running)
+
+
+@contextlib.contextmanager
+def jit_serve(artifact: Path, log: Path, *argv: str) -> Iterator[tuple[str, int]]:
+    """`jit serve` as a person starts it; its URL and process id."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    line = [sys.executable, "-m", "pipelines.cli", "serve", str(artifact), "--port", str(port)]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RAY_ADDRESS", "JIT_API_KEY") and not name.startswith("RAY_SERVE")
+    }
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            [*line, "--precision", "fp32", *argv], stdout=file, stderr=file, env=environment
+        ) as process,
+    ):
+        try:
+            wait_until("it is ready", lambda: ready(url), 90)
+            yield url, process.pid
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def descendants(pid: int, name: str) -> list[int]:
+    """Processes that `pid` started, directly or not, by the name that Ray gives them."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            status = (folder / "status").read_text()
+            parents[int(folder.name)] = int(re.search(r"PPid:\s*(\d+)", status)[1])
+            if name in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+
+    def ours(child: int) -> bool:
+        return child == pid or (child in parents and ours(parents[child]))
+
+    return [child for child in found if ours(child)]
+
+
+@pytest.mark.slow
+def test_a_replica_killed_under_load_costs_at_most_a_clear_503(artifact: Path, tmp_path: Path):
+    log = tmp_path / "log"
+    with jit_serve(artifact, log) as (url, pid):
+        over, seen = threading.Event(), list[tuple[float, int, str]]()
+
+        def client() -> None:
+            while not over.is_set():
+                asked = {"prompt": "0", "num_inference_steps": 50}
+                answer = httpx.post(url + PATH, json=asked, timeout=90)
+                seen.append((time.monotonic(), answer.status_code, answer.text[:300]))
+
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        for thread in clients:
+            thread.start()
+        for _ in range(2):
+            before = len(seen)
+            wait_until("it draws", lambda before=before: len(seen) > before + 8, 60)
+            (replica,) = descendants(pid, "ServeReplica:jit:server")
+            killed = time.monotonic()
+            os.kill(replica, signal.SIGKILL)
+            wait_until(
+                "it draws again",
+                lambda killed=killed: any(t > killed + 1 and s == 200 for t, s, _ in seen),
+                90,
+            )
+        over.set()
+        for thread in clients:
+            thread.join()
+
+    met = Counter(status for _, status, _ in seen)
+    print(f"answers with two kills: {dict(met)}")
+    assert set(met) <= {200, 503}, [text for _, status, text in seen if status not in (200, 503)]
+    for _, status, text in seen:
+        if status == 503:
+            assert json.loads(text)["error"]["code"] in ("unavailable", "engine_failed")
+    lines = [s for s in log.read_text().splitlines() if '"path": "/v1/images/' in s]
+    assert json.loads(lines[0][lines[0].index("{") :])["status"] == 200
+
+
+@pytest.mark.slow
+def test_memory_is_flat_at_ten_times_capacity_through_ray(artifact: Path, tmp_path: Path):
+    asked = {"prompt": "0", "num_inference_steps": 150}
+    argv = ("--slots", "4", "--max-queue", "28", "--timeout-s", "5")
+    with jit_serve(artifact, tmp_path / "log", *argv) as (url, pid):
+        began = time.monotonic()
+        seen = asyncio.run(flood(url, 1000, 0.032, asked))  # fills slots and queue, no more
+        served = sum(s.status == 200 for s in seen)
+        rate = min(10 * served / (time.monotonic() - began), 120)
+        processes = descendants(pid, "ServeReplica:jit:server") + descendants(pid, "ProxyActor")
+        assert len(processes) == 2
+
+        asyncio.run(flood(url, rate, 5, asked))
+        before = [resident(process) for process in processes]
+        seen = asyncio.run(flood(url, rate, 20, asked))
+        after = [resident(process) for process in processes]
+
+        met = check_flood(seen, 5)
+        print(f"{rate:.0f} requests/s for 20 s: {dict(met)}, memory {before} -> {after} MB")
+        for grown in (b - a for a, b in zip(before, after, strict=True)):
+            assert grown < 30, "MB in 20 s of overload"

@@ -1,0 +1,114 @@
+"""A dataset folder can be checked by whoever reads it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jitmodel.config import ClassInfo
+from pipelines import shards, storage
+from pipelines.images import encode
+from pipelines.shards import Manifest, Row, ShardInfo
+
+CLASSES = [ClassInfo(name="cat"), ClassInfo(name="tench, Tinca tinca", wnid="n01440764")]
+
+
+def _rows(ids: range) -> list[Row]:
+    return [
+        Row(encode(np.full((4, 4, 3), i, np.uint8), "png"), f"cat/{i}.png", i % 2, i) for i in ids
+    ]
+
+
+def _shard(folder: Path, number: int, ids: range) -> ShardInfo:
+    name = shards.shard_name(number, 2)
+    (folder / "data").mkdir(exist_ok=True)
+    info = shards.write_shard(folder / name, _rows(ids), CLASSES, rows_per_group=4)
+    return info.model_copy(update={"file": name})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished dataset folder of two shards, 10 and 3 rows."""
+    infos = [_shard(tmp_path, 0, range(10)), _shard(tmp_path, 1, range(10, 13))]
+    _publish(tmp_path, infos)
+    return tmp_path
+
+
+def _publish(folder: Path, infos: list[ShardInfo], num_rows: int = 13) -> None:
+    manifest = Manifest(
+        fingerprint=shards.fingerprint(CLASSES, infos), image_size=4, encoding="png",
+        num_rows=num_rows, num_rejects=0, rows_per_class=[7, 6], classes=CLASSES, shards=infos,
+        source_sha256="", config={}, versions={},
+    )  # fmt: skip
+    storage.write_json(str(folder / "manifest.json"), manifest.model_dump())
+
+
+def test_a_shard_says_what_was_written(folder: Path) -> None:
+    first, last = shards.read_manifest(str(folder)).shards
+    assert first.file == "data/train-00000-of-00002.parquet"
+    assert (first.rows, first.row_groups) == (10, [4, 4, 2])
+    assert (last.rows, last.row_groups) == (3, [3])
+    stored = (folder / first.file).read_bytes()
+    assert (first.bytes, first.sha256) == (len(stored), hashlib.sha256(stored).hexdigest())
+
+    table = pq.read_table(folder / first.file)
+    assert table.column_names == ["image", "label", "id"]
+    assert table.to_pylist()[3]["image"]["path"] == "cat/3.png"
+    assert table["id"].to_pylist() == list(range(10))
+    assert shards.verify(str(folder)) == []
+
+
+def test_a_shard_may_be_empty(tmp_path: Path) -> None:
+    info = shards.write_shard(tmp_path / "x.parquet", [], CLASSES, rows_per_group=4)
+    assert (info.rows, info.row_groups) == (0, [])
+    assert pq.read_table(tmp_path / "x.parquet").num_rows == 0
+
+
+def test_a_shard_with_a_label_of_no_class_is_never_written(tmp_path: Path) -> None:
+    row = _rows(range(1))[0]._replace(label=2)
+    with pytest.raises(AssertionError, match=r"label 2 is outside 0\.\.1"):
+        shards.write_shard(tmp_path / "x.parquet", [row], CLASSES, rows_per_group=4)
+
+
+def test_verification_finds_a_flipped_byte_and_a_lost_and_a_foreign_file(folder: Path) -> None:
+    first, last = (folder / s.file for s in shards.read_manifest(str(folder)).shards)
+    stored = bytearray(first.read_bytes())
+    stored[len(stored) // 2] ^= 1
+    first.write_bytes(stored)
+    last.rename(folder / "data" / "other.parquet")
+
+    problems = shards.verify(str(folder))
+
+    assert len(problems) == 3
+    assert "00000-of-00002.parquet: sha256" in problems[0]
+    assert "00001-of-00002.parquet" in problems[1]
+    assert problems[2] == "data/other.parquet: not in the manifest"
+
+
+def test_verification_finds_rows_that_are_doubled_or_miscounted(folder: Path) -> None:
+    infos = [_shard(folder, 0, range(10)), _shard(folder, 1, range(8, 11))]
+    _publish(folder, infos, num_rows=14)
+    problems = shards.verify(str(folder))
+    assert any("num_rows is 14, not 13" in p for p in problems)
+    assert {"id 8 occurs 2 times", "id 9 occurs 2 times"} <= set(problems)
+
+    wrong = infos[0].model_copy(update={"row_groups": [5, 5], "rows": 9})
+    _publish(folder, [wrong, infos[1]])
+    assert "10 rows in row groups of [4, 4, 2], not 9 in [5, 5]" in shards.verify(str(folder))[0]
+
+
+def test_a_folder_without_a_manifest_is_not_a_dataset(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no manifest at .*jit prepare --output"):
+        shards.read_manifest(str(folder))
+
+
+def test_a_manifest_of_another_version_is_refused(folder: Path) -> None:
+    place = folder / "manifest.json"
+    place.write_text(place.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest that this version"):
+        shards.read_manifest(str(folder))

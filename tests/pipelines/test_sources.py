@@ -1,0 +1,176 @@
+"""Sources list their images in one order, and bytes come back from where they are."""
+
+from __future__ import annotations
+
+import os
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines import index as index_module
+from pipelines import sources
+from pipelines.index import ImageRef, Index, numbered_classes
+from pipelines.sources import Source, open_source, read_images, write_index
+
+EMBEDDED = Path(sources.__file__).parent / "embedded"
+
+
+def _listed(source: Source, folder: Path) -> list[ImageRef]:
+    """What a source lists, by way of an index."""
+    count = write_index(source, folder / "index")
+    return Index(folder / "index").refs(range(count))
+
+
+def _column(index: Index, name: str) -> np.ndarray:
+    return np.concatenate(list(index.column(name)))
+
+
+def _png(value: int) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _tree(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(_png(i))
+    return root
+
+
+def _parquet(path: Path, labels: list[int | None], group: int, **columns: str) -> None:
+    """Parquet without the Hub's metadata."""
+    images = [{"bytes": _png(i), "path": None} for i in range(len(labels))]
+    names = [columns.get("image", "image"), columns.get("label", "label")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table([images, labels], names=names), path, row_group_size=group)
+
+
+def test_a_tree_is_listed_by_class_then_by_path_at_any_depth(tmp_path: Path) -> None:
+    root = _tree(
+        tmp_path / "root", "b/z.PNG", "b/deep/er/a.jpeg", "a b/x.webp", "a/2.JPEG", "a/10.gif",
+        "a/notes.txt", ".cache/x.png",
+    )  # fmt: skip
+    source = open_source(str(root))
+    assert [c.name for c in source.classes] == ["a", "a b", "b"]
+    assert [(r.path, r.label) for r in _listed(source, tmp_path)] == [
+        ("a/10.gif", 0), ("a/2.JPEG", 0), ("a b/x.webp", 1), ("b/deep/er/a.jpeg", 2), ("b/z.PNG", 2)
+    ]  # fmt: skip
+
+
+def test_imagenet_folders_get_the_names_that_people_use(tmp_path: Path) -> None:
+    root = _tree(
+        tmp_path, "n02012849/a.png", "n01440764/a.png", "n03126707/a.png", "n99999999/a.png"
+    )
+    classes = open_source(str(root)).classes
+    assert [(c.wnid, c.name) for c in classes] == [
+        ("n01440764", "tench, Tinca tinca"),
+        ("n02012849", "crane (n02012849)"),  # ImageNet has two
+        ("n03126707", "crane (n03126707)"),
+        ("n99999999", "n99999999"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no class folders in .*: it is empty"),
+        (["a.png"], "its images lie in it directly"),
+        (["train/a.png", "val/a.png"], r"are splits, not classes: train, val.*--source .*/train"),
+        (["a/x.png", "b/x.txt"], "class folder .*/b has no images"),
+        (["a/x.txt"], "class folder .*/a has no images"),
+    ],
+)
+def test_a_tree_that_is_no_source_says_what_is_wrong(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    _tree(tmp_path / "root", *names)
+    (tmp_path / "root").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=message):
+        write_index(open_source(str(tmp_path / "root")), tmp_path / "index")
+
+
+@pytest.mark.parametrize("uri", ["missing", "missing.parquet", "missing-*.parquet"])
+def test_a_source_that_is_missing_is_named(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        open_source(str(tmp_path / "x" / uri))
+
+
+def test_parquet_of_the_hub_brings_its_class_names_and_its_rows(tmp_path: Path) -> None:
+    source = open_source(str(EMBEDDED / "fashion-mnist-test.parquet"))
+    assert [c.name for c in source.classes][:2] == ["T-shirt/top", "Trouser"]
+    assert write_index(source, tmp_path / "index") == 2000
+    index = Index(tmp_path / "index")
+    assert np.bincount(_column(index, "label")).tolist() == [200] * 10
+    assert np.bincount(_column(index, "unit")).tolist() == [500] * 4  # its row groups
+
+    table = pq.read_table(EMBEDDED / "fashion-mnist-test.parquet").to_pylist()
+    wanted = [1999, 3, 501, 4]
+    refs = index.refs(wanted)
+    assert refs[2].path == "fashion-mnist-test.parquet#501"
+    found = dict(read_images(source.root, refs))
+    assert [found[i] for i in range(4)] == [table[row]["image"]["bytes"] for row in wanted]
+
+
+def test_parquet_without_metadata_counts_its_classes(tmp_path: Path) -> None:
+    _parquet(tmp_path / "data" / "b.parquet", [3, None], group=1)
+    _parquet(tmp_path / "data" / "a.parquet", [0, -1, 1], group=2)
+    source = open_source(str(tmp_path))
+    refs = _listed(source, tmp_path)
+    classes = numbered_classes(Index(tmp_path / "index"))
+    assert [c.name for c in classes] == ["0", "1", "2", "3"]
+    assert [(r.path, r.label, r.unit) for r in refs] == [
+        ("data/a.parquet#0", 0, 0), ("data/a.parquet#1", -1, 0), ("data/a.parquet#2", 1, 1),
+        ("data/b.parquet#0", 3, 2), ("data/b.parquet#1", -1, 3),
+    ]  # fmt: skip
+
+
+def test_parquet_that_is_not_clear_is_refused(tmp_path: Path) -> None:
+    _parquet(tmp_path / "s" / "data" / "train-00000-of-00001.parquet", [0], group=1)
+    _parquet(tmp_path / "s" / "data" / "test-00000-of-00001.parquet", [0, 1], group=1)
+    with pytest.raises(ValueError, match=r"splits test, train: choose one.*data/test-\*\.parquet"):
+        open_source(str(tmp_path / "s"))
+    chosen = open_source(str(tmp_path / "s" / "data" / "test-*.parquet"))
+    assert len(_listed(chosen, tmp_path)) == 2
+
+    _parquet(tmp_path / "c.parquet", [0], group=1, image="picture")
+    with pytest.raises(ValueError, match="has the columns picture, label"):
+        open_source(str(tmp_path / "c.parquet"))
+    (tmp_path / "t.parquet").write_text("no Parquet at all")
+    with pytest.raises(ValueError, match=r"t\.parquet is not a Parquet file"):
+        open_source(str(tmp_path / "t.parquet"))
+    _parquet(tmp_path / "m" / "a.parquet", [0], group=1)
+    os.link(EMBEDDED / "fashion-mnist-test.parquet", tmp_path / "m" / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet and a\.parquet in .* differ"):
+        _listed(open_source(str(tmp_path / "m")), tmp_path)
+
+
+def test_an_index_finds_any_image_in_several_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "INDEX_ROWS", 3)
+    root = _tree(tmp_path / "root", *[f"c{i % 2}/{i}.png" for i in range(8)])
+    source = open_source(str(root))
+    assert write_index(source, tmp_path / "index") == 8
+    index = Index(tmp_path / "index")
+    every = [
+        r._replace(unit=i) for i, r in enumerate(r for p in source.parts for r in source.refs(p))
+    ]
+    assert index.refs([7, 0, 3, 3]) == [every[7], every[0], every[3], every[3]]
+    assert _column(index, "label").tolist() == [0] * 4 + [1] * 4
+
+
+def test_a_file_that_cannot_be_read_is_a_reason_and_not_a_crash(tmp_path: Path) -> None:
+    root = _tree(tmp_path / "root", "a/1.png")
+    (root / "a" / "2.png").symlink_to("nowhere")
+    odd = Path(os.fsdecode(bytes(root) + b"/a/\xff.png"))
+    odd.write_bytes(_png(9))
+    refs = _listed(open_source(str(root)), tmp_path)
+    assert [r.path for r in refs] == ["a/1.png", "a/2.png", "a/\\udcff.png"]
+    found = dict(read_images(str(root), refs))
+    assert found == {0: _png(0), 1: "unreadable: No such file or directory", 2: _png(9)}

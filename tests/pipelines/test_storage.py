@@ -1,0 +1,202 @@
+"""Files are found, read and published alike in local folders and on a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import storage
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URI below which nothing is yet."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    for name, value in request.getfixturevalue("s3_environment").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JIT_CACHE", str(tmp_path / "cache"))
+    return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+def test_what_is_written_is_found_read_and_deleted(root: str) -> None:
+    names = ["b/x.bin", "a b/y.JPEG", "a/z.png", "top.json"]
+    for name in names:
+        storage.write_bytes(storage.join(root, name), name.encode())
+    storage.write_json(storage.join(root, "top.json"), {"ä": [1]})
+
+    found = storage.list_files(root)
+    assert [entry.relative for entry in found] == ["a b/y.JPEG", "a/z.png", "b/x.bin", "top.json"]
+    assert [storage.read_bytes(e.uri)[:3] for e in found[:3]] == [b"a b", b"a/z", b"b/x"]
+    assert found[0].bytes == len("a b/y.JPEG")
+    images = storage.list_files(root, suffixes=(".jpeg", ".png"))
+    assert [entry.relative for entry in images] == ["a b/y.JPEG", "a/z.png"]
+    folders, files = storage.list_folder(root)
+    assert folders == ["a", "a b", "b"]
+    assert [entry.relative for entry in files] == ["top.json"]
+
+    assert storage.read_json(storage.join(root, "top.json")) == {"ä": [1]}
+    assert storage.read_bytes(storage.join(root, "b/x.bin"), 2, 3) == b"x.b"
+    with storage.open_input(storage.join(root, "b/x.bin")) as file:
+        file.seek(2)
+        assert file.read(1) == b"x"
+    with pytest.raises(OSError, match=r"short read of .*x\.bin"):
+        storage.read_bytes(storage.join(root, "b/x.bin"), 2, 30)
+
+    assert storage.exists(storage.join(root, "a"))
+    assert storage.exists(storage.join(root, "a/z.png"))
+    assert not storage.exists(storage.join(root, "a/z"))
+    storage.delete(storage.join(root, "a"))
+    storage.delete(storage.join(root, "a"))
+    assert not storage.exists(storage.join(root, "a"))
+    assert storage.exists(storage.join(root, "a b/y.JPEG"))
+
+
+def test_what_is_missing_is_named(root: str) -> None:
+    storage.write_bytes(storage.join(root, "there"), b"")
+    missing = storage.join(root, "missing")
+    for reading in (storage.read_bytes, storage.list_files, storage.list_folder, storage.fetch):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            reading(missing)  # type: ignore[operator]
+
+
+def test_only_the_first_writer_creates_a_file(root: str) -> None:
+    place = storage.join(root, "owner.json")
+    storage.write_bytes(place, b"first", if_absent=True)
+    storage.write_bytes(place, b"first", if_absent=True)  # its own write, repeated
+    with pytest.raises(FileExistsError, match=r"owner\.json"):
+        storage.write_bytes(place, b"second", if_absent=True)
+    assert storage.read_bytes(place) == b"first"
+    assert len(storage.list_files(root)) == 1
+
+
+def test_a_write_that_fails_leaves_nothing(root: str) -> None:
+    place = storage.join(root, "file")
+    storage.write_bytes(place, b"old")
+
+    def write_half() -> None:
+        with storage.staged(place) as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert storage.read_bytes(place) == b"old"
+    assert len(storage.list_files(root)) == 1
+
+
+def test_a_folder_is_published_and_fetched_whole(root: str, tmp_path: Path) -> None:
+    source = tmp_path / "made"
+    (source / "below").mkdir(parents=True)
+    (source / "below" / "a").write_bytes(b"1")
+    (source / "config.json").write_bytes(b"2")
+
+    storage.publish_folder(source, storage.join(root, "artifact"), last="config.json")
+    folder = storage.fetch(storage.join(root, "artifact"))
+
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
+        "below/a",
+        "config.json",
+    }
+    assert storage.fetch(storage.join(root, "artifact")) == folder
+    storage.write_bytes(storage.join(root, "artifact/config.json"), b"newer")
+    assert (storage.fetch(storage.join(root, "artifact")) / "config.json").read_bytes() == b"newer"
+    assert storage.fetch(storage.join(root, "artifact/below/a")).read_bytes() == b"1"
+
+
+def test_checking_that_a_folder_is_writable_leaves_nothing(root: str) -> None:
+    storage.check_writable(storage.join(root, "not/there/yet"))
+    assert not storage.exists(root)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"cannot write to .*/file/below"):
+        storage.check_writable(str(tmp_path / "file" / "below"))
+    with pytest.raises(PermissionError, match="cannot write to /proc/below"):
+        storage.check_writable("/proc/below")
+
+
+def test_a_store_that_refuses_us_says_so_once(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    with pytest.raises(PermissionError, match="s3://bucket/x") as raised:
+        storage.check_writable("s3://bucket/x")
+    assert "wrong-secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("uri", ["", "gs://bucket/x", "s3://", "s3://me:secret@bucket/x"])
+def test_a_uri_that_cannot_be_opened_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"expected|is not s3") as raised:
+        storage.read_bytes(uri)
+    assert "secret" not in str(raised.value).replace("s3://bucket/key; credentials", "")
+
+
+def test_links_are_followed_but_loops_pipes_and_odd_names_do_no_harm(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.png").touch()
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "linked").symlink_to(elsewhere)
+    (tree / "loop").symlink_to(tree)
+    (tree / "gone.png").symlink_to(tree / "nowhere")
+    os.mkfifo(tree / "pipe.png")
+    Path(os.fsdecode(bytes(tree) + b"/\xff.png")).touch()
+
+    found = [os.fsencode(e.relative) for e in storage.list_files(str(tree), suffixes=(".png",))]
+
+    assert found == [b"gone.png", b"linked/a.png", b"\xff.png"]
+
+
+def test_a_file_uri_is_a_path_with_escapes(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    storage.write_bytes(f"file://{tmp_path}/a%20b/x%25", b"1")
+    assert (tmp_path / "a b" / "x%").read_bytes() == b"1"
+    assert [e.relative for e in storage.list_files(f"file://{tmp_path}/a%20b")] == ["x%"]
+    assert storage.read_bytes(storage.join(f"file://{tmp_path}/a%20b", "x%")) == b"1"
+
+
+def test_a_store_that_fails_now_and_then_is_asked_again(
+    faulty_store: Any, faulty_environment: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in faulty_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JIT_CACHE", str(tmp_path / "cache"))
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    content = os.urandom(300_000)
+    for i in range(20):
+        storage.write_bytes(f"{root}/{i:02d}", content[i:], if_absent=i % 2 == 0)
+    for i in range(20):
+        assert storage.read_bytes(f"{root}/{i:02d}") == content[i:]
+        assert storage.read_bytes(f"{root}/{i:02d}", 1000, 5) == content[i + 1000 : i + 1005]
+        with storage.open_input(f"{root}/{i:02d}") as file:
+            assert file.read() == content[i:]
+    assert [entry.bytes for entry in storage.list_files(root)] == [300_000 - i for i in range(20)]
+    assert (storage.fetch(root) / "07").read_bytes() == content[7:]
+    storage.delete(root)
+    assert not storage.exists(root)
+    assert min(faulty_store.seen[kind] for kind in ("slow_down", "reset", "truncate")) > 3
+
+
+def test_expired_credentials_are_told_at_once_and_kept_to_ourselves(
+    faulty_store: Any, faulty_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in faulty_environment.items():
+        monkeypatch.setenv(name, value)
+    faulty_store.code_after = (0, "ExpiredToken")
+    with pytest.raises(PermissionError, match=r"credentials for s3://bucket/x have expired") as one:
+        storage.read_bytes("s3://bucket/x")
+    with pytest.raises(PermissionError) as two, storage.open_input("s3://bucket/x") as file:
+        file.read()
+    secret = faulty_environment["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in f"{one.value!r} {two.value!r}"
+    assert faulty_store.seen["requests"] <= 4

@@ -1,0 +1,190 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig
+from pipelines import checkpoints, fit, train
+from pipelines.config import TrainConfig, load_preset
+
+
+def config_for(data: Path, store: Path, name: str, **changes) -> TrainConfig:
+    """Ten steps of 16 images on two workers; a checkpoint every third step."""
+    options = {
+        "data": str(data),
+        "storage": str(store),
+        "name": name,
+        "workers": 2,
+        "model": ModelConfig(
+            image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
+            in_context_len=2, in_context_start=1, num_classes=10,
+        ),
+        "optimizer": {"learning_rate": 1e-3, "warmup_images": 64, "ema_decays": (0.9,)},
+        "loader": {"lanes": 4, "window": 2},
+        "sampler": {"steps": 2},
+        "parallel": {"precision": "fp32"},
+        "global_batch": 16,
+        "micro_batch": 4,
+        "total_images": 160,
+        "checkpoint_every_images": 48,
+        "grid_every_images": 160,
+        "grid_ema": 0.9,
+        "log_every_steps": 1,
+    }  # fmt: skip
+    return TrainConfig.model_validate(options | changes)
+
+
+def recording(folder: str, *, killed: bool):
+    """A worker that writes down its ids, and whose rank 1 is killed once, in the fifth step."""
+
+    def worker(options: dict) -> dict:
+        on = fit._on
+
+        def write_down(device, batch):
+            rank = os.environ.get("RANK", "0")
+            with Path(folder, f"ids-{rank}.jsonl").open("a") as file:
+                file.write(json.dumps([batch.index.tolist(), batch.id.tolist()]) + "\n")
+            marker = Path(folder, "killed")
+            if killed and rank == "1" and 64 in batch.index - 2 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return on(device, batch)
+
+        fit._on = write_down
+        return train.worker(options)
+
+    return worker
+
+
+def ids_by_index(folder: Path) -> dict[int, set[int]]:
+    """Every id that was ever drawn for a place in the run."""
+    drawn: dict[int, set[int]] = {}
+    for file in folder.glob("ids-*.jsonl"):
+        for line in file.read_text().splitlines():
+            for index, id in zip(*json.loads(line), strict=True):
+                drawn.setdefault(index, set()).add(id)
+    return drawn
+
+
+def tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
+    found = checkpoints.newest(fit.run_uri(config))
+    assert found is not None
+    assert found.meta.images_seen == 160
+    return checkpoints.read(found.uri, "")
+
+
+@pytest.mark.ray
+def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
+    ray_cluster, tiny_dataset, tmp_path, caplog
+):
+    whole = config_for(tiny_dataset, tmp_path, "whole")
+    broken = config_for(tiny_dataset, tmp_path, "broken")
+    for name in ("ids-whole", "ids-broken"):
+        (tmp_path / name).mkdir()
+
+    train.launch(whole, use_gpu=False, worker=recording(str(tmp_path / "ids-whole"), killed=False))
+    answer = train.launch(
+        broken, use_gpu=False, worker=recording(str(tmp_path / "ids-broken"), killed=True)
+    )
+
+    assert (tmp_path / "ids-broken" / "killed").exists()
+    assert answer["images_seen"] == 160
+    there, here = tensors(whole), tensors(broken)
+    assert there.keys() == here.keys()
+    for name, tensor in there.items():
+        assert torch.equal(here[name], tensor), name
+    drawn = ids_by_index(tmp_path / "ids-broken")
+    assert drawn == ids_by_index(tmp_path / "ids-whole")
+    assert sorted(drawn) == list(range(160))
+    assert {len(ids) for ids in drawn.values()} == {1}
+    lines = (tmp_path / "broken/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images_seen"] for line in lines] == list(range(16, 161, 16))
+    assert not (tmp_path / "broken/ray").exists()
+
+    # The same line again has nothing to do and starts nothing.
+    with caplog.at_level("INFO"):
+        train.run(whole)
+    assert "is finished: it has seen 160 of 160 images" in caplog.text
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_fresh_start_keeps_the_old_run_under_another_name(ray_cluster, tiny_dataset, tmp_path):
+    config = config_for(tiny_dataset, tmp_path, "run", total_images=48, workers=1)
+    train.run(config)
+
+    train.run(config.model_copy(update={"fresh": True, "total_images": 16, "seed": 1}))
+
+    aside = next(tmp_path.glob("run.before-*"))
+    assert (aside / "checkpoints/step_00000003/meta.json").exists()
+    found = checkpoints.newest(str(tmp_path / "run"))
+    assert found is not None
+    assert (found.meta.images_seen, found.meta.config["seed"]) == (16, 1)
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(
+    ray_cluster, tiny_dataset, tmp_path
+):
+    config = config_for(
+        tiny_dataset, tmp_path, "run", workers=8, loader={"lanes": 8}, global_batch=16
+    )
+
+    with pytest.raises(ValueError, match=r"--workers 8, but the cluster has 4 CPUs"):
+        train.run(config)
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(tiny_dataset, tmp_path, capsys):
+    train.run(config_for(tiny_dataset, tmp_path, "run", dry_run=True))
+
+    printed = capsys.readouterr().out
+    assert "global_batch: 16" in printed
+    assert "starting at image 0 of 160 (0.76 epochs of 211)" in printed
+    assert "10 steps of 16 = 2 workers x 4 images x 2" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_refused_before_ray_is_asked(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.runtime, "connect", lambda: pytest.fail("Ray was asked"))
+    config = config_for(tiny_dataset, tmp_path, "run")
+
+    with pytest.raises(FileNotFoundError, match="no manifest at"):
+        train.run(config.model_copy(update={"data": str(tmp_path)}))
+    with pytest.raises(ValueError, match="--storage is missing"):
+        train.run(config.model_copy(update={"storage": ""}))
+    with pytest.raises(ValueError, match=r"--name 'a/b' is not the name of a folder"):
+        train.run(config.model_copy(update={"name": "a/b"}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="cannot write to"):
+        train.run(config.model_copy(update={"storage": str(tmp_path / "file")}))
+
+
+def test_contradictions_in_a_config_are_refused_with_both_values(tiny_dataset, tmp_path):
+    def refused(message: str, **changes) -> None:
+        with pytest.raises(ValueError, match=message):
+            config_for(tiny_dataset, tmp_path, "run", **changes)
+
+    refused("global_batch 10 is not a multiple of loader.lanes 4", global_batch=10)
+    refused("loader.lanes 4 cannot be dealt evenly to 3 workers", workers=3)
+    refused("micro_batch 3 does not divide 8, a worker's share of global_batch 16", micro_batch=3)
+    refused(r"grid_ema 0.7 is not among optimizer.ema_decays \(0.9,\)", grid_ema=0.7)
+
+
+@pytest.mark.parametrize("size", "BLHG")
+@pytest.mark.parametrize(("patch", "image_size"), [(16, 256), (32, 512)])
+def test_a_preset_is_the_paper_s_recipe(size: str, patch: int, image_size: int):
+    config = load_preset("train", f"jit-{size.lower()}{patch}-{image_size}", TrainConfig)
+
+    assert config.model == ModelConfig.named(f"JiT-{size}/{patch}", image_size=image_size)
+    assert config.flow == FlowConfig(noise_scale=image_size / 256)
+    assert config.optimizer == OptimizerConfig()
+    assert (config.global_batch, config.loader.lanes) == (1024, 64)
+    assert config.total_images == (320 if size == "G" else 600) * 1_281_167
+    for workers in (1, 2, 4, 8, 16, 32, 64):
+        micro, times = config.split(workers)
+        assert micro * times * workers == 1024
