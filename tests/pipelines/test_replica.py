@@ -86,7 +86,7 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
         await server.reconfigure({"model": str(tmp_path / "good")})
         refused = [
             ({"model": str(tmp_path / "bad")}, "damaged"),
-            ({"model": str(tmp_path / "nothing")}, "no such file"),
+            ({"model": str(tmp_path / "nothing")}, "there is no file or folder"),
             ({"model": str(tmp_path / "good"), "weights_sha256": "f" * 64}, "it was replaced"),
         ]
         transport = httpx.ASGITransport(app)

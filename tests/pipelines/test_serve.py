@@ -76,7 +76,7 @@ def test_a_damaged_artifact_is_refused_before_anything_starts(
     weights, config = artifact / "model.safetensors", artifact / "config.json"
     whole, text = weights.read_bytes(), config.read_text()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert "the file is damaged or was replaced" in error_of(capsys, str(artifact))
+    assert "is damaged, it is no safetensors file" in error_of(capsys, str(artifact))
 
     weights.write_bytes(whole)
     config.write_text(text.replace('"hidden_size": 32', '"hidden_size": 64'))
@@ -190,6 +190,8 @@ def test_a_started_server_draws_for_the_openai_client(
         pass
 
     earlier = {s.labels.get("WorkerId", "") for s in our_samples()}
+    # what tests without Serve drew in this very process may be exported late
+    earlier.add(ray.get_runtime_context().get_worker_id())
     with serve.serving(config) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="the key", max_retries=0)
         drawn = client.images.generate(prompt="bag", n=3, extra_body={"seed": 5})
