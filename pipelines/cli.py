@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -106,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module, _, function = STAGES[word].target.partition(":")
         getattr(importlib.import_module(module), function)(config)
+    except BrokenPipeError:  # `jit STAGE --help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

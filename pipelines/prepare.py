@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
     raise SystemExit(main(["prepare", *sys.argv[1:]]))
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -222,14 +223,17 @@ def list_tars(output: str, source: sources.Source, index: Path) -> None:
         runtime.quiet_data()
         cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
         rows = [{"place": place, "part": tuple(dear[place])} for place in missing]
-        blocks = min(len(missing), 4 * cpus)
+        blocks, stop = min(len(missing), 4 * cpus), runtime.Stop()
         listed = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-            functools.partial(_list_parts_task, source=source), batch_size=None, num_cpus=1
+            functools.partial(_list_parts_task, source=source, stop=stop),
+            batch_size=None,
+            num_cpus=1,
         )
-        for row in listed.iter_rows():
-            if row["error"]:
-                kind = {"ValueError": ValueError, "PermissionError": PermissionError}
-                raise kind.get(row["kind"], RuntimeError)(row["error"])
+        with contextlib.closing(stop.rows(listed)) as answers:
+            for row in answers:
+                if row["error"]:
+                    kind = {"ValueError": ValueError, "PermissionError": PermissionError}
+                    raise kind.get(row["kind"], RuntimeError)(row["error"])
     with ThreadPoolExecutor(READERS) as pool:
         sources.write_index(source, index, sources.ahead(pool, _kept, dear, READERS))
     logger.info("listed in %.1f s", time.monotonic() - started)
@@ -246,8 +250,10 @@ def _part_place(output: str, part: sources.Part) -> str:
 
 
 def _list_parts_task(
-    batch: dict[str, NDArray[Any]], *, source: sources.Source
+    batch: dict[str, NDArray[Any]], *, source: sources.Source, stop: runtime.Stop
 ) -> dict[str, list[str]]:
+    if stop.is_set():
+        return {"kind": [""], "error": [""]}
     parts = [sources.Part(*part) for part in batch["part"]]
     kind = error = ""
     try:
@@ -292,19 +298,21 @@ def write_shards(
     runtime.quiet_data()
     progress.start()
     specs = ray.data.from_items([{"shard": n} for n in missing], override_num_blocks=len(missing))
+    stop = runtime.Stop()
     task = functools.partial(
-        _write_shard_task, folders=folders, root=root, classes=classes, job=job
+        _write_shard_task, folders=folders, root=root, classes=classes, job=job, stop=stop
     )
     pool = ray.data.TaskPoolStrategy(config.workers or None)
     written = specs.map(task, num_cpus=1, compute=pool)
-    for row in written.iter_rows():
-        held.check()
-        if row["refused"]:
-            raise PermissionError(row["error"])
-        if row["error"]:
-            raise StageFailed(f"shard {row['shard']} was not written: {row['error']}")
-        progress.add(ShardEntry.model_validate_json(row["entry"]))
-        progress.log()
+    with contextlib.closing(stop.rows(written)) as answers:
+        for row in answers:
+            held.check()
+            if row["refused"]:
+                raise PermissionError(row["error"])
+            if row["error"]:
+                raise StageFailed(f"shard {row['shard']} was not written: {row['error']}")
+            progress.add(ShardEntry.model_validate_json(row["entry"]))
+            progress.log()
 
 
 class Progress:
@@ -369,10 +377,13 @@ def _write_shard_task(
     root: str,
     classes: list[ClassInfo],
     job: Job,
+    stop: runtime.Stop,
 ) -> dict[str, Any]:
     # An exception would come back wrapped in pages of Ray's own; one line is enough.
     number = int(row["shard"])
     result = {"shard": number, "entry": "", "error": "", "refused": False}
+    if stop.is_set():
+        return result
     try:
         entry = write_shard(number, folders, root, classes, job)
     except PermissionError as error:

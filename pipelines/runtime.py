@@ -10,13 +10,19 @@ and is written to no file. Set RAY_AUTH_MODE=disabled to do without.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 import yaml
+
+if TYPE_CHECKING:
+    import ray.data
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +88,45 @@ def quiet_data() -> None:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+class Stop:
+    """Lets a job of Ray Data end early without cancelling a task.
+
+    Leaving a loop over the rows of a Dataset cancels what runs, and Ray 2.60 aborts the whole
+    process where it cancels a task in the moment in which it is dispatched ("Tried to complete
+    task that was not pending"). So whoever leaves early lets what runs end, and what has not begun
+    asks `is_set` and does nothing. The sign is a named actor, which exists only once it is needed.
+    """
+
+    def __init__(self) -> None:
+        self.name = f"stop-{secrets.token_hex(8)}"
+
+    def is_set(self) -> bool:
+        """Whether a task that has not begun shall do nothing."""
+        try:
+            ray.get_actor(self.name)
+        except ValueError:
+            return False
+        return True
+
+    def rows(self, dataset: ray.data.Dataset) -> Generator[dict[str, Any], None, None]:
+        """The rows of a dataset; closing it, or a failure, waits for the tasks that run."""
+        rows = iter(dataset.iter_rows())
+        try:
+            yield from rows
+        except GeneratorExit:
+            with contextlib.suppress(ray.exceptions.RayError):  # a lost cluster is news already
+                sign: Any = ray.remote(num_cpus=0)(_Sign).options(name=self.name).remote()
+                ray.get(sign.__ray_ready__.remote())
+                for _ in rows:
+                    pass
+                ray.kill(sign)
+            raise
+
+
+class _Sign:
+    """Is there, or is not."""
 
 
 def capacity() -> dict[str, float]:
