@@ -2,15 +2,17 @@
 
 state_dict and load_state_dict use the names of the public checkpoints; their prefix `net.` is
 accepted too. The model is built with its initial weights unless it lives on the meta device; then
-materialise it and call init_weights.
+shard it if it shall be (jitmodel/parallel.py), materialise it and call init_weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jitmodel.config import FlowConfig, ModelConfig
 from jitmodel.layers import (
@@ -79,22 +81,32 @@ class JiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initial weights and tables (App. A), drawn from `generator` in the order of modules."""
-        xavier, normal = nn.init.xavier_uniform_, nn.init.normal_
+        """Initial weights and tables (App. A), drawn from `generator` in the order of modules.
+
+        Every process draws every parameter on the CPU, one at a time, and keeps its shard: the
+        weights are the same for any number of processes and any device.
+        """
+
+        def xavier(whole: Tensor) -> Tensor:
+            return nn.init.xavier_uniform_(whole.flatten(1), generator=generator)
+
+        def normal(whole: Tensor) -> Tensor:
+            return nn.init.normal_(whole, std=EMBEDDING_STD, generator=generator)
+
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                xavier(module.weight.flatten(1), generator=generator)  # a view of the weight
+                _fill(module.weight, xavier)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                normal(module.weight, std=EMBEDDING_STD, generator=generator)
+                _fill(module.weight, normal)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
         for name, parameter in self.named_parameters():
             if name.startswith("t_embedder") and name.endswith("weight"):
-                normal(parameter, std=EMBEDDING_STD, generator=generator)
+                _fill(parameter, normal)
             if name == "in_context_posemb":
-                normal(parameter, std=EMBEDDING_STD, generator=generator)
+                _fill(parameter, normal)
             if "adaLN_modulation" in name or name == "final_layer.linear.weight":
                 nn.init.zeros_(parameter)
         self.init_tables()
@@ -145,6 +157,15 @@ class JiT(nn.Module):
         G, P = self.config.grid_size, self.config.patch_size
         grid = patches.unflatten(2, (P, P, -1)).unflatten(1, (G, G))  # [B, G, G, P, P, C]
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.in_channels, G * P, G * P)
+
+
+def _fill(parameter: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Give a parameter, or this process's shard of it, the values of a whole one."""
+    whole = draw(torch.empty(parameter.shape)).reshape(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # all drew the same
+    parameter.copy_(whole)
 
 
 def _drop_public_prefix(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

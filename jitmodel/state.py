@@ -87,6 +87,7 @@ class TrainState:
         seed: seed of everything that is drawn.
         precision: compute type.
         flip: whether half of the images are flipped.
+        ema_on_cpu: keep the EMAs in main memory.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class TrainState:
         seed: int = 0,
         precision: Precision = "bf16",
         flip: bool = True,
+        ema_on_cpu: bool = False,
     ) -> None:
         self.model = model
         self.config = optimizer
@@ -113,7 +115,7 @@ class TrainState:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        self.ema = EMA(model, optimizer.ema_decays)
+        self.ema = EMA(model, optimizer.ema_decays, on_cpu=ema_on_cpu)
 
     @property
     def flow(self) -> FlowConfig:
@@ -149,7 +151,9 @@ class TrainState:
         losses, times = [], []
         for number, batch in enumerate(micro_batches):
             if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(number + 1 == len(micro_batches))
+                # Gradients go to shards after each piece, so that none is ever whole; replicas
+                # add theirs up once.
+                self.model.set_requires_all_reduce(number + 1 == len(micro_batches))
             with self._dropout(batch):
                 loss, t = self.losses(batch)
                 (loss.sum() / images).backward()

@@ -95,12 +95,20 @@ class ParallelConfig(Config):
 
     compile: bool = False
     """torch.compile each block; the first step then takes a minute."""
-    checkpointing: Literal["none", "full"] = "none"
-    """Activation checkpointing: "full" recomputes each block in the backward pass."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: "selective" keeps the results of matrix products and recomputes
+    what lies between them in the backward pass, "full" recomputes each block from its input."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute type; master weights, reductions and EMAs stay fp32."""
+    """Compute type, in which weights are gathered too; master weights, reductions and EMAs stay
+    fp32."""
+    shard_size: int = Field(0, ge=0)
+    """Workers that share one copy of the model, such as the GPUs of a node: whole copies are then
+    replicated over the nodes (HSDP). 0 makes one copy of all workers."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights between forward and backward: less memory, more traffic."""
+    ema_on_cpu: bool = False
+    """Keep the EMAs in main memory, 4 bytes a parameter and decay, and update them there while the
+    next step runs."""
 
 
 class LoaderConfig(Config):
@@ -187,6 +195,12 @@ class TrainConfig(StageConfig):
             raise ValueError(
                 f"loader.lanes {self.loader.lanes} cannot be dealt evenly to {world_size} workers: "
                 "use a number of workers that divides it"
+            )
+        shard_size = self.parallel.shard_size
+        if shard_size and world_size % shard_size:
+            raise ValueError(
+                f"parallel.shard_size {shard_size} does not divide {world_size} workers: each copy "
+                "of the model is shared by that many"
             )
         share = self.global_batch // world_size
         micro = min(self.micro_batch, share)

@@ -22,13 +22,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from jitmodel import state as train_state
 from jitmodel.ema import local
 from jitmodel.model import JiT
-from jitmodel.parallel import autocast, parallelize
+from jitmodel.parallel import autocast, device_mesh, parallelize
 from jitmodel.pixels import to_pixels
 from jitmodel.sampler import sample, start_noise
 from jitmodel.state import StepResult, TrainState
@@ -120,26 +119,28 @@ def resume_point(config: TrainConfig, manifest: Manifest) -> Checkpoint | None:
 
 
 def build(config: TrainConfig, context: FitContext) -> TrainState:
-    """Model, optimizer and EMAs of a run at image 0, sharded over all processes."""
-    generator = torch.Generator().manual_seed(config.seed)
-    model = JiT(config.model, config.flow, generator=generator).to(context.device)
-    mesh = None
-    if context.world_size > 1:
-        mesh = init_device_mesh(context.device.type, (context.world_size,))
+    """Model, optimizer and EMAs of a run at image 0; no process ever holds more than its shard."""
+    parallel = config.parallel
+    with torch.device("meta"):
+        model = JiT(config.model, config.flow)
     parallelize(
         model,
-        mesh,
-        recompute=config.parallel.checkpointing == "full",
-        compile=config.parallel.compile,
-        reshard_after_forward=config.parallel.reshard_after_forward,
+        device_mesh(context.device.type, context.world_size, parallel.shard_size),
+        checkpointing=parallel.checkpointing,
+        compile=parallel.compile,
+        precision=parallel.precision,
+        reshard_after_forward=parallel.reshard_after_forward,
     )
+    model.to_empty(device=context.device)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
     return TrainState(
         model,
         config.optimizer,
         total_images=config.total_images,
         seed=config.seed,
-        precision=config.parallel.precision,
+        precision=parallel.precision,
         flip=config.flip,
+        ema_on_cpu=parallel.ema_on_cpu,
     )
 
 
