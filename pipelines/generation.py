@@ -34,7 +34,7 @@ RANDOM_SEEDS = 2**32  # seeds that we pick: any JSON reader keeps them exact
 
 
 class BadRequest(ValueError):
-    """A parameter that cannot be met; `param` names it."""
+    """A parameter that cannot be met, which `param` names; without it, a body that says nothing."""
 
     def __init__(self, message: str, param: str | None = None, code: str = "invalid_value") -> None:
         super().__init__(message)
@@ -170,8 +170,13 @@ def parse(body: bytes) -> ImageRequest:
     try:
         return ImageRequest.model_validate_json(body)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-    param = ".".join(map(str, problem["loc"])) or None
+        problems = error.errors(include_url=False)
+    problem, place = problems[0], problems[0]["loc"]
+    param = str(place[0]) if place else None
+    if param is not None:  # of what may be one or a list, the reading that got furthest
+        same = [p for p in problems if p["loc"][0] == place[0]]
+        problem = max(same, key=lambda p: len(p["loc"]))
+        place = problem["loc"]
     message, found = problem["msg"], f"{problem['input']!r:.60}"
     match problem["type"]:
         case "json_invalid":
@@ -184,7 +189,8 @@ def parse(body: bytes) -> ImageRequest:
             )
     if param is None:
         raise BadRequest("the body is not a JSON object", code="invalid_json")
-    raise BadRequest(f"{param} is {found}: {message.replace('Input', 'it', 1)}", param)
+    item = "".join(f"[{step}]" for step in place if isinstance(step, int))
+    raise BadRequest(f"{param}{item} is {found}: {message.replace('Input', 'it', 1)}", param)
 
 
 def plan(

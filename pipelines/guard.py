@@ -1,9 +1,10 @@
 """What a request meets at the door, and what it is told when it fails: keys, limits, errors.
 
-Errors have OpenAI's shape, `{"error": {message, type, param, code}}`, and its choice of status:
-every wrong parameter, type or JSON is 400 (never FastAPI's 422), 401 a missing or wrong key, 404 an
-unknown route or model, 408 a body that does not arrive, 413 one that is too large, 415 one that is
-not JSON, 429 with Retry-After a full queue, 503 a failure of the engine, 504 a passed deadline.
+Errors have OpenAI's shape, `{"error": {message, type, param, code}}`: 400 a body that is no JSON
+object, 401 a missing or wrong key, 404 an unknown route or model, 408 a body that does not arrive,
+413 one that is too large, 415 one that does not say it is JSON, 422 a parameter that cannot be met
+(`param` names it), 429 with Retry-After a full queue or a key's share, 503 a failure of the engine,
+504 a passed deadline.
 POST needs `Content-Type: application/json`, so that no page of another origin can send one.
 """
 
@@ -151,7 +152,8 @@ def api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case BadRequest():
-            return ApiError(400, str(error), param=error.param, code=error.code)
+            status = 400 if error.param is None else 422
+            return ApiError(status, str(error), param=error.param, code=error.code)
         case QueueFull():
             seconds = max(1, math.ceil(error.retry_after_s))
             return ApiError(
