@@ -118,7 +118,17 @@ class Index:
 
 def numbered_classes(index: Index) -> list[ClassInfo]:
     """Classes for a source that has numbers only: as many as its labels need."""
-    highest = max((int(batch.max(initial=-1)) for batch in index.column("label")), default=-1)
+    return count_classes(
+        max((int(batch.max(initial=-1)) for batch in index.column("label")), default=-1)
+    )
+
+
+def count_classes(highest: int) -> list[ClassInfo]:
+    """Classes that are called by their number, up to the highest label.
+
+    Raises:
+        ValueError: they would be more than anybody has.
+    """
     if highest >= MOST_CLASSES:
         raise ValueError(f"label {highest} is above {MOST_CLASSES}: name the classes (--classes)")
     return name_classes([str(i) for i in range(highest + 1)])

@@ -73,9 +73,12 @@ def label_file(uri: str) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         ValueError: it holds no labels.
     """
-    text = storage.read_bytes(uri).decode("utf-8", "replace")
-    words = (re.split(r"[\s,]+", line.strip(), maxsplit=2) for line in text.splitlines())
-    found = {posixpath.basename(w[0]): w[1] for w in words if len(w) > 1}
+    text = storage.read_bytes(uri).decode("utf-8-sig", "replace").replace('"', "")
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        name, label = [*re.split(r"[\s,]+", line.strip(), maxsplit=2), ""][:2]
+        if label and found.setdefault(posixpath.basename(name), label) != label:
+            raise ValueError(f"label file {uri} has two labels for {posixpath.basename(name)}")
     if not found:
         raise ValueError(f"label file {uri} has no line of the form: name label")
     return found

@@ -18,6 +18,7 @@ import fnmatch
 import functools
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import re
@@ -49,11 +50,17 @@ from pipelines.labels import (
     printable,
 )
 
+logger = logging.getLogger(__name__)
+
 READ_AHEAD = 32
 """Images that are fetched at once from a store that is not local."""
 LISTERS = 16
 """Parts that one process lists at once."""
-SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
+PEEK = 64
+"""Members of a tar that are looked at to tell its layout."""
+SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
+SPLITS = {"train", "val", "valid", "validation", "test"}
+COMPRESSED_TAR = re.compile(r".+\.(tgz|tar\.[a-z0-9]+)")
 VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 SAMPLE_LABELS = ("cls", "json")
 JSON_LABELS = ("label", "cls", "class", "class_id")
@@ -109,6 +116,8 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
     chosen = class_list(classes) if classes else []
     named = label_file(labels) if labels else None
     folder, _, pattern = uri.rpartition("/")
+    if COMPRESSED_TAR.fullmatch(pattern):
+        raise ValueError(f"{uri} is compressed, so that nothing in it can be found: decompress it")
     if uri.endswith((".parquet", ".tar")) or "*" in pattern:
         root = folder or ("/" if uri.startswith("/") else ".")
         _, files = storage.list_folder(root)
@@ -128,13 +137,15 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
         names = [f"data/{f.relative}" for f in below if f.relative.endswith(".parquet")]
     names = names or [f.relative for f in files if f.relative.endswith(".parquet")]
     if names:
-        splits = {
-            match[1] for name in names if (match := SPLIT.fullmatch(posixpath.basename(name)))
-        }
+        splits = {_split(name): name for name in sorted(names, reverse=True)}
         if len(splits) > 1:
+            named_splits = ", ".join(sorted(split or "(unnamed)" for split in splits))
+            first = min(filter(None, splits))
+            example = storage.join(uri, splits[first])
+            if SPLIT.fullmatch(posixpath.basename(example)):
+                example = f"{example.rpartition('/')[0]}/{first}-*.parquet"
             raise ValueError(
-                f"{uri} has the splits {', '.join(sorted(splits))}: choose one, such as --source "
-                f"'{storage.join(uri, names[0].rpartition('/')[0])}/{min(splits)}-*.parquet'"
+                f"{uri} has the splits {named_splits}: choose one, such as --source '{example}'"
             )
         return ParquetFiles(uri, names, chosen)
     archives = [f.relative for f in files if f.relative.endswith(".tar")]
@@ -152,7 +163,15 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
         parts = [Part(name, name) for name in folders if not name.startswith(".")]
         return Files(uri, [Part("", "loose images"), *parts] if loose else parts,
                      *_labelling(uri, chosen, named))  # fmt: skip
-    return _folder_tree(uri, folders, chosen, bool(loose))
+    return _folder_tree(uri, folders, chosen, len(loose))
+
+
+def _split(name: str) -> str:
+    """Which part of a dataset a Parquet file is of, by its name; empty where that says nothing."""
+    base = posixpath.basename(name)
+    if match := SPLIT.fullmatch(base):
+        return match[1]
+    return " ".join(sorted(SPLITS.intersection(re.split(r"[^a-z]+", base.lower()))))
 
 
 def _labelling(
@@ -174,13 +193,15 @@ def _labelling(
              for n, t in named.items()}  # fmt: skip
     good = {name: label for name, label in found.items() if label is not None}
     if not good:
-        raise ValueError(f"no label for {uri} is a number or a known class: {sorted(texts)[:3]}")
-    infos = [c.info for c in chosen]
-    return infos or name_classes([str(i) for i in range(max(good.values()) + 1)]), good
+        raise ValueError(
+            f"no label for {uri} is a number or a known class, such as {min(texts)!r}: name the "
+            "classes (--classes), or correct --labels"
+        )
+    return [c.info for c in chosen] or index.count_classes(max(good.values())), good
 
 
 def _folder_tree(
-    uri: str, folders: Sequence[str], chosen: Sequence[Choice], has_loose_images: bool
+    uri: str, folders: Sequence[str], chosen: Sequence[Choice], num_loose: int
 ) -> Files:
     """root/<class>/**/image: the top folders are the classes, sorted by name or as listed.
 
@@ -189,18 +210,22 @@ def _folder_tree(
     """
     folders = [name for name in folders if not name.startswith(".")]
     if not folders:
-        what = "its images lie in it directly" if has_loose_images else "it is empty"
+        what = "its images lie in it directly" if num_loose else "it is empty"
         raise ValueError(
             f"no class folders in {uri}: {what}. Expected {uri}/<class>/<image>, with "
             f"{', '.join(SUFFIXES)}; or Parquet files; or tars; or, with --classes one, images of "
             "one class"
         )
-    splits = {"train", "val", "valid", "validation", "test"}
-    if splits.issuperset(name.lower() for name in folders):
+    if SPLITS.issuperset(name.lower() for name in folders):
         raise ValueError(
             f"the folders of {uri} are splits, not classes: {', '.join(folders)}. "
             f"Choose one: --source {storage.join(uri, folders[0])}"
         )
+    if num_loose:
+        logger.warning(
+            "%d images lie in %s beside its class folders: they are of no class, and left out",
+            num_loose, uri,
+        )  # fmt: skip
     infos, places = _in_order(uri, folders, chosen)
     return Files(uri, [Part(folders[at], folders[at], i) for i, at in enumerate(places)], infos)
 
@@ -316,14 +341,17 @@ def _open_tars(
         ]
         return Files(root, parts, infos)
     flat = [Part(name, name, key=_tar_key(root, name, chosen, named)) for name in names]
-    begin = [member.name for member in islice(_members(root, flat[0]), 8)]
+    begin = [posixpath.basename(m.name) for m in islice(_members(root, flat[0]), 1)]
     if not begin:
         raise ValueError(f"{storage.join(root, names[0])} is an empty archive")
-    if begin[0].endswith(".tar"):
-        return _tar_of_tars(root, flat, chosen)
-    if {name.rpartition(".")[2].lower() for name in begin} & set(SAMPLE_LABELS) and not named:
-        return WebDataset(root, flat, chosen)
-    is_validation = VALIDATION.fullmatch(posixpath.basename(begin[0]))
+    is_validation = VALIDATION.fullmatch(begin[0])
+    if not (named or is_validation):
+        for member in islice(_members(root, flat[0]), PEEK):
+            ending = member.name.rpartition(".")[2].lower()
+            if ending == "tar":
+                return _tar_of_tars(root, flat, chosen)
+            if ending in SAMPLE_LABELS:
+                return WebDataset(root, flat, chosen)
     if not (named or is_validation or len(chosen) == 1):
         raise ValueError(
             f"{storage.join(root, names[0])} begins with {begin[0]!r} and has no labels: expected "
@@ -430,7 +458,7 @@ class WebDataset:
             except (ValueError, RecursionError):
                 return -1, "its .json cannot be read"
             fields = fields if isinstance(fields, dict) else {}
-            text = next((fields[k] for k in JSON_LABELS if k in fields), None)
+            text = next((fields[k] for k in JSON_LABELS if fields.get(k) is not None), None)
             if text is None:
                 return -1, f"its .json has none of {', '.join(JSON_LABELS)}"
         label = number(text, self.keys)
@@ -479,7 +507,10 @@ class ParquetFiles:
                     yield group, np.zeros(file.metadata.row_group(group).num_rows, np.int64)
                     continue
                 column = file.read_row_group(group, columns=[self.layout.label])[0]
-                yield group, column.fill_null(-1).to_numpy().astype(np.int64)
+                yield group, column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+
+
+BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
 
 
 class HubLayout(NamedTuple):
@@ -497,11 +528,8 @@ def _hub_layout(root: str, name: str, one: bool) -> HubLayout:
             schema = pq.read_schema(source)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri} is not a Parquet file: {error}") from error
-    hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features: dict[str, Any] = hub.get("info", {}).get("features", {})
-    kinds = {
-        f.get("_type"): column for column, f in reversed(features.items()) if isinstance(f, dict)
-    }
+    features = _hub_features(schema, uri)
+    kinds = {f.get("_type"): column for column, f in reversed(features.items())}
     image, label = kinds.get("Image", "image"), kinds.get("ClassLabel", "label")
     if not {image} | (set() if one else {label}) <= set(schema.names):
         raise ValueError(
@@ -512,7 +540,29 @@ def _hub_layout(root: str, name: str, one: bool) -> HubLayout:
         raise ValueError(
             f"column {label!r} of {uri} is {schema.field(label).type}: expected whole numbers"
         )
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else pa.null()
+    if not any(is_kind(kind) for is_kind in BINARY):
+        raise ValueError(
+            f"column {image!r} of {uri} is {schema.field(image).type}: expected the bytes of "
+            "images, alone or as struct<bytes, path>"
+        )
     return HubLayout(image, label, tuple(features.get(label, {}).get("names") or ()))
+
+
+def _hub_features(schema: pa.Schema, uri: str) -> dict[str, dict[str, Any]]:
+    """What the Hub's library notes about the columns, if it made the file."""
+    found: Any = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        found = json.loads(found)
+    except ValueError as error:
+        raise ValueError(f"{uri}: the Hub's metadata in its schema is no JSON: {error}") from error
+    for key in ("info", "features"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    return {column: feature for column, feature in found.items() if isinstance(feature, dict)}
 
 
 def list_part(source: Source, part: Part) -> list[pa.RecordBatch]:
@@ -600,6 +650,8 @@ def _read_range(root: str, ref: ImageRef) -> bytes | str:
         if ref.first < 0:
             return storage.read_bytes(uri)
         return storage.read_bytes(uri, ref.first, ref.length) if ref.length else b""
+    except (FileNotFoundError, storage.ShortRead) as error:  # it has changed since it was listed
+        return f"unreadable: {error.strerror}"
     except OSError as error:
         if storage.local_path(root) is None:
             raise  # a store that refuses one object, or fails for minutes, does so with them all
@@ -609,15 +661,22 @@ def _read_range(root: str, ref: ImageRef) -> bytes | str:
 def _read_rows(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, bytes | str]]:
     folder, _, name = uri.rpartition("/")
     column = _hub_layout(folder, name, one=True).image
+    left = set(rows)
     with storage.honest_errors(uri), storage.open_input(uri) as source:
         file = pq.ParquetFile(source)
         is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
         columns = [f"{column}.bytes" if is_struct else column]
         start = 0
-        for batch in file.iter_batches(64, row_groups=[group], columns=columns):
-            values = batch[0].field("bytes") if is_struct else batch[0]
-            for row in range(start, start + len(values)):
-                if row in rows:
+        try:
+            for batch in file.iter_batches(64, row_groups=[group], columns=columns):
+                values = batch[0].field("bytes") if is_struct else batch[0]
+                for row in sorted(left.intersection(range(start, start + len(values)))):
                     image = values[row - start].as_py()
                     yield row, "the image column holds no bytes" if image is None else image
-            start += len(values)
+                start += len(values)
+                left.difference_update(range(start))
+        except (OSError, pa.ArrowException) as error:
+            if storage.local_path(uri) is None:
+                raise  # pyarrow has one kind of error for damage and for a store that fails
+            why = " ".join(str(error).split())
+            yield from ((row, f"its row group is damaged: {why}") for row in sorted(left))

@@ -67,6 +67,10 @@ _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "Int
          "ConditionalRequestConflict")  # fmt: skip
 
 
+class ShortRead(OSError):
+    """A file has fewer bytes than it was said to have."""
+
+
 class FileEntry(NamedTuple):
     """A file that was found in a folder."""
 
@@ -94,8 +98,12 @@ def local_path(uri: str) -> Path | None:
         return Path(unquote(uri.removeprefix("file://")))
     if uri.startswith(S3):
         return None
-    if "://" in uri:
-        raise ValueError(f"cannot open {uri}: expected a path, file:///path or s3://bucket/key")
+    if "://" in uri:  # perhaps with a password, or signed: not all of it goes into a log
+        scheme, _, rest = uri.partition("://")
+        host = rest.partition("/")[0].rpartition("@")[2]
+        raise ValueError(
+            f"cannot open {scheme}://{host}/...: expected a path, file:///path or s3://bucket/key"
+        )
     return Path(uri)
 
 
@@ -227,7 +235,7 @@ def read_bytes(uri: str, first: int = 0, length: int | None = None) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: it ended before `length` bytes were read.
+        ShortRead: it ended before `length` bytes were read.
     """
     path = local_path(uri)
     if path is not None:
@@ -241,7 +249,9 @@ def read_bytes(uri: str, first: int = 0, length: int | None = None) -> bytes:
         get = functools.partial(_client().get_object, Bucket=bucket, Key=key, **extra)
         found = _send(uri, lambda: get()["Body"].read())
     if length is not None and len(found) != length:
-        raise OSError(f"short read of {uri}: {len(found)} bytes at {first} instead of {length}")
+        raise ShortRead(
+            errno.ENODATA, f"short read, {len(found)} bytes at {first} instead of {length}", uri
+        )
     return found
 
 
@@ -683,7 +693,9 @@ def _errors(uri: str) -> Iterator[None]:
         if status in (401, 403) or code in _REFUSALS:
             raise _refused(uri, code) from error
         if status == 404:
-            raise FileNotFoundError(message) from error
+            raise FileNotFoundError(errno.ENOENT, f"no such file ({code})", uri) from error
+        if status == 416:
+            raise ShortRead(errno.ENODATA, "it ends before the range", uri) from error
         if status in (409, 412):
             raise FileExistsError(message) from error
         raise OSError(message) from error

@@ -22,6 +22,8 @@ WINDOW = 4096
 """Bytes that are read at once: a header, and often a small member and the next header."""
 ZERO = bytes(BLOCK)
 LONGEST_NAME = 2**16
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+"""How gzip, bzip2, xz and Zstandard begin."""
 KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device",
          b"6": "a pipe", b"S": "a sparse file"}  # fmt: skip
 
@@ -102,7 +104,10 @@ def _size(uri: str, place: int, block: bytes) -> int:
     except (ValueError, IndexError):
         total, size = -1, 0
     if len(block) < BLOCK or total != sum(block) - sum(block[148:156]) + 8 * ord(" "):
-        raise ValueError(f"no tar header at byte {place} of {uri}: no tar archive, or damaged")
+        what = "no tar archive, or damaged"
+        if block.startswith(COMPRESSED):
+            what = "it is compressed there, so that nothing in it can be found: decompress it"
+        raise ValueError(f"no tar header at byte {place} of {uri}: {what}")
     return size
 
 

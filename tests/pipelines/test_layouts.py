@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -156,7 +157,9 @@ def test_webdataset_tars_bring_labels_in_cls_and_json(
         ("00/y.json", json.dumps({"label": 1, "caption": "y"}).encode()), ("00/y.png", b),
         ("00/bare.jpg", c), ("00/odd.jpg", c), ("00/odd.cls", b"tench"),
         ("00/nojson.jpg", c), ("00/nojson.json", b"{"), ("00/nokey.jpg", c),
-        ("00/nokey.json", b"[1]"), ("00/text.txt", b"no image here"), ("00/text.cls", b"1"),
+        ("00/nokey.json", b"[1]"),
+        ("00/null.jpg", d), ("00/null.json", b'{"label": null, "cls": 2}'),
+        ("00/text.txt", b"no image here"), ("00/text.cls", b"1"),
     ]  # fmt: skip
     second = [("x.seg.v1.jpg", d), ("x.seg.v1.cls", b"0\n"), ("z.jpg", d), ("z.cls", b"0"),
               ("x.jpg", a), ("x.cls", b"2")]  # fmt: skip
@@ -168,6 +171,7 @@ def test_webdataset_tars_bring_labels_in_cls_and_json(
         assert {p: v for p, v in got.items() if isinstance(v[1], bytes)} == {
             "train-000.tar/00/x.jpg": ("3", a),
             "train-000.tar/00/y.png": ("1", b),
+            "train-000.tar/00/null.jpg": ("2", d),
             "train-001.tar/z.jpg": ("0", d),
         }
         assert {ref.path.rpartition("/")[2]: ref.problem for ref in refs if ref.problem} == {
@@ -229,8 +233,11 @@ def test_one_class_takes_any_layout(tmp_path: Path, photos: dict[str, bytes]) ->
 
 
 def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
-    for text in ("a.png 0\nb.png 1\n", "a,0\nb,1\n", "x/a.png\t0 more\nx/b.png\t1\n"):
-        (tmp_path / "labels").write_text(text)
+    for text in (
+        "a.png 0\nb.png 1\n", "a,0\nb,1\n", "x/a.png\t0 more\nx/b.png\t1\n",
+        '\ufeff"name","label"\r\n"a.png","0"\r\n"b.png","1"\r\n', "a 0\na 0\nb 1\n",
+    ):  # fmt: skip
+        (tmp_path / "labels").write_text(text, encoding="utf-8")
         for name in "ab":
             storage.write_bytes(str(tmp_path / "flat" / f"{name}.png"), name.encode())
         refs, _ = found(str(tmp_path / "flat"), tmp_path, labels=str(tmp_path / "labels"))
@@ -241,6 +248,12 @@ def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
     (tmp_path / "labels").write_text("a cat\nb dog\n")
     with pytest.raises(ValueError, match=r"no label for .* is a number or a known class"):
         open_source(str(tmp_path / "flat"), labels=str(tmp_path / "labels"))
+    (tmp_path / "labels").write_text("a.png 0\nb.png 1\na.png 1\n")
+    with pytest.raises(ValueError, match=r"two labels for a\.png"):
+        label_file(str(tmp_path / "labels"))
+    (tmp_path / "labels").write_text("a.png 5000000\n")
+    with pytest.raises(ValueError, match="label 5000000 is above"):
+        open_source(str(tmp_path / "flat"), labels=str(tmp_path / "labels"))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +262,8 @@ def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
         ("x.tar", b"", "is an empty archive"),
         ("x.tar", bytes(10240), "is an empty archive"),
         ("x.tar", b"no tar at all" * 100, "no tar header at byte 0"),
+        ("x.tar", gzip.compress(tar([("a.jpg", b"1")])), "is compressed there.*decompress it"),
+        ("x.tar.gz", b"", "x.tar.gz is compressed"),
         ("x.tar", tar([("a.jpg", b"1" * 9000)])[:5000], "ends in the middle of a member"),
         ("x.tar", tar([("a/1.jpg", b"1"), ("b/1.jpg", b"1")]), "has no labels: expected"),
         ("x.tar", tar([("a.tar", tar([("1.txt", b"")]))]), "class tar .*a has no images"),
@@ -261,6 +276,41 @@ def test_a_tar_that_is_no_source_says_what_is_wrong(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         found(str(tmp_path / name), tmp_path)
+
+
+def test_the_layout_of_a_tar_is_seen_behind_a_few_other_members(tmp_path: Path) -> None:
+    inner = tar([("1.png", b"1")])
+    (tmp_path / "nested.tar").write_bytes(tar([("README", b""), ("n01440764.tar", inner)]))
+    assert [c.wnid for c in open_source(str(tmp_path / "nested.tar")).classes] == ["n01440764"]
+    many = [(f"0.{ending}", b"") for ending in "abcdefghijkl"]
+    (tmp_path / "web.tar").write_bytes(tar([*many, ("0.cls", b"1"), ("0.jpg", b"1")]))
+    _, got = found(str(tmp_path / "web.tar"), tmp_path)
+    assert got == {"web.tar/0.jpg": ("1", b"1")}
+
+
+def test_a_file_that_changed_after_it_was_listed_is_a_reason_and_not_a_crash(
+    root: str, tmp_path: Path
+) -> None:
+    for name in ("a/1.jpg", "a/2.jpg"):
+        storage.write_bytes(storage.join(root, "tree", name), name.encode())
+    place = storage.join(root, "x.tar")
+    members = [(f"{i}.jpg", bytes([i]) * 600) for i in range(3)]
+    storage.write_bytes(place, tar([("a.tar", tar(members))]))
+    lists = {}
+    for uri in (storage.join(root, "tree"), place):
+        source = open_source(uri)
+        count = write_index(source, tmp_path / "index")
+        lists[source.root] = Index(tmp_path / "index").refs(range(count))
+    storage.delete(storage.join(root, "tree/a/1.jpg"))
+    storage.write_bytes(place, storage.read_bytes(place)[: lists[root][1].first + 100])
+
+    tree, archive = (dict(read_images(at, refs)) for at, refs in lists.items())
+    assert str(tree[0]).startswith("unreadable: ")
+    assert "no such file" in str(tree[0]).lower()
+    assert tree[1] == b"a/2.jpg"
+    assert archive[0] == members[0][1]
+    assert str(archive[1]).startswith("unreadable: ")  # its range is cut
+    assert str(archive[2]).startswith("unreadable: ")  # its range is behind the end
 
 
 def test_tars_of_several_kinds_in_a_folder_must_be_chosen(tmp_path: Path) -> None:

@@ -138,6 +138,16 @@ def test_parquet_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     chosen = open_source(str(tmp_path / "s" / "data" / "test-*.parquet"))
     assert len(_listed(chosen, tmp_path)) == 2
 
+    for one, two in (("train-00000-of-00001-a1b2c3d4", "test-00000-of-00001-a1b2c3d4"),
+                     ("train", "test"), ("cats", "cats-test")):  # fmt: skip
+        folder = tmp_path / one / two
+        _parquet(folder / f"{one}.parquet", [0], group=1)
+        _parquet(folder / f"{two}.parquet", [0, 1], group=1)
+        with pytest.raises(ValueError, match=r"has the splits .*test.*: choose one") as raised:
+            open_source(str(folder))
+        example = str(raised.value).split("'")[1]
+        assert len(_listed(open_source(example), tmp_path)) == 2
+
     _parquet(tmp_path / "c.parquet", [0], group=1, image="picture")
     with pytest.raises(ValueError, match="has the columns picture, label"):
         open_source(str(tmp_path / "c.parquet"))
@@ -148,6 +158,57 @@ def test_parquet_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     os.link(EMBEDDED / "fashion-mnist-test.parquet", tmp_path / "m" / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet and a\.parquet in .* differ"):
         _listed(open_source(str(tmp_path / "m")), tmp_path)
+
+
+@pytest.mark.parametrize("hub", ['{"info": null}', "[1]", '{"info": {"features": [1]}}', "{}"])
+def test_parquet_whose_metadata_say_nothing_is_read_without(tmp_path: Path, hub: str) -> None:
+    labels = pa.array([1, None, 0], pa.uint8())
+    table = pa.table([[_png(i) for i in range(3)], labels], names=["image", "label"])
+    pq.write_table(table.replace_schema_metadata({"huggingface": hub}), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert source.classes == []
+    refs = _listed(source, tmp_path)
+    assert [ref.label for ref in refs] == [1, -1, 0]
+    assert dict(read_images(source.root, refs)) == {i: _png(i) for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("images", "hub", "message"),
+    [
+        ([b"1"], "{", r"a\.parquet: the Hub's metadata in its schema is no JSON"),
+        (["a.png"], "{}", "column 'image' of .* is string: expected the bytes"),
+        ([{"path": "a.png"}], "{}", r"is struct<path: string>: expected the bytes"),
+    ],
+)
+def test_parquet_without_the_bytes_of_images_is_refused(
+    tmp_path: Path, images: list[object], hub: str, message: str
+) -> None:
+    table = pa.table([images, [0]], names=["image", "label"])
+    pq.write_table(table.replace_schema_metadata({"huggingface": hub}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path / "a.parquet"))
+
+
+def test_a_damaged_row_group_is_a_reason_and_the_others_are_read(tmp_path: Path) -> None:
+    place = tmp_path / "a.parquet"
+    _parquet(place, [0, 1, 0, 1], group=2)
+    column = pq.ParquetFile(place).metadata.row_group(0).column(0)
+    stored = bytearray(place.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    stored[begin : begin + 40] = b"\xff" * 40
+    place.write_bytes(stored)
+    source = open_source(str(place))
+    found = dict(read_images(source.root, _listed(source, tmp_path)))
+    assert [str(found[i])[:26] for i in (0, 1)] == ["its row group is damaged: "] * 2
+    assert [found[i] for i in (2, 3)] == [_png(2), _png(3)]
+
+
+def test_images_beside_class_folders_are_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = _tree(tmp_path / "root", "a/1.png", "2.png", "3.png")
+    assert len(_listed(open_source(str(root)), tmp_path)) == 1
+    assert "2 images lie in" in caplog.text
 
 
 def test_an_index_finds_any_image_in_several_batches(
