@@ -165,6 +165,11 @@ def load_artifact(
         )
     with safe_open(path, framework="pt", device=str(device)) as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    return build_model(info, weights, device)
+
+
+def build_model(info: ArtifactInfo, weights: dict[str, Tensor], device: str | torch.device) -> JiT:
+    """A model of these weights, ready to draw: eval mode, no gradients."""
     with torch.device("meta"):
         model = JiT(info.model, info.flow)
     model.to_empty(device=device)

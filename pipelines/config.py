@@ -32,7 +32,8 @@ from jitmodel.config import (
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Encoding = Literal["png", "webp", "raw"]
-Extractor = Literal["efflite0", "inception"]
+KeepImages = Literal["none", "png", "tar", "parquet"]
+Extractor = Literal["efflite0", "inception", "dinov2"]
 
 
 class StageFailed(RuntimeError):
@@ -227,7 +228,7 @@ class ReferenceConfig(StageConfig):
     """Dataset folder -> statistics of its features."""
 
     data: str = ""
-    """URI of the dataset folder."""
+    """URI of the dataset folder, or of an .npz of images (arr_0) such as ADM's."""
     output: str = ""
     """URI of the .npz file to write."""
     extractor: Extractor = "efflite0"
@@ -258,10 +259,12 @@ class SamplerChoice(Config):
 
 
 class EvaluateConfig(StageConfig):
-    """Artifact -> evaluation folder."""
+    """Artifact, run folder or checkpoint -> evaluation folder."""
 
     model: str = ""
-    """URI of the artifact."""
+    """URI of an artifact, of a run folder (its newest checkpoint) or of one checkpoint."""
+    ema: Probability | None = None
+    """Decay of the EMA of a run or checkpoint; 0 is the raw weights, the default 0.9999."""
     reference: str = ""
     """URI of the .npz file of reference statistics."""
     output: str = ""
@@ -278,12 +281,17 @@ class EvaluateConfig(StageConfig):
     """Batches published together: what is lost at most when a worker dies."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the sampling network."""
+    compile: bool = False
+    """torch.compile each block; each worker's first chunk then takes a minute longer."""
+    resize: bool = False
+    """Resize the drawn images to the reference's size before they are judged (Pillow, bicubic)."""
     extractor: Extractor = "efflite0"
     """Feature extractor; must be the reference's."""
     weights: str = ""
     """URI of the extractor's weights, where no package ships them."""
-    keep_images: bool = False
-    """Store the drawn images beside their features."""
+    keep_images: KeepImages = "none"
+    """Store the judged images too: one PNG file each, or a tar (WebDataset) or Parquet (the Hub's
+    convention) for each chunk."""
     workers: int = Field(0, ge=0)
     """Sampling processes; 0 means one for each CPU or GPU of the cluster."""
 

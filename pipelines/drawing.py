@@ -1,9 +1,9 @@
 """The plan of an evaluation, and the parts that it is carried out in. No Ray.
 
 The plan fixes index, label, seed and batch of every image, so whoever draws a chunk, its bytes are
-the same on the same kind of device and build. A chunk becomes one Parquet file: features, logits
-and a digest of the pixels of each image. A part that is damaged, or of another plan, counts as
-missing.
+the same on the same kind of device and build. A chunk becomes one Parquet file: features, logits,
+spatial features where the extractor has them, and a digest of the pixels of each image, and of them
+all. A part that is damaged, or of another plan, counts as missing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -28,13 +28,16 @@ from jitmodel.pixels import to_pixels
 from jitmodel.sampler import guidance_acts, sample, start_noise, times
 from pipelines import storage
 from pipelines.features import Extractor
-from pipelines.images import encode
+from pipelines.images import encode, resize
 from pipelines.metrics import Array
 
 logger = logging.getLogger(__name__)
 
 SHOWN_CLASSES, SHOWN_EACH = 10, 8
 """Rows and columns of the report's picture; the images in it are stored with their features."""
+
+VECTORS = ("features", "logits", "spatial")
+"""Fields of a part that hold a vector for each image."""
 
 MIN_IMAGES = 10
 """Inception score has ten splits, and none may be empty."""
@@ -55,6 +58,10 @@ class Plan(Config):
     weights_sha256: str
     extractor: dict[str, str | int]
     """Identity of the feature extractor."""
+    resize: int | None = None
+    """Side to which the drawn pixels are resized (Pillow, bicubic) before they are judged."""
+    compile: bool = False
+    """Whether the network is compiled, which may round differently."""
     device: Literal["cpu", "cuda"]
     torch: str
     """Version that draws: another one may round differently."""
@@ -83,6 +90,11 @@ class Plan(Config):
                 f"the model draws {self.model.in_channels} channels; extractors see RGB images"
             )
         return self
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that are judged, in pixels."""
+        return self.resize or self.model.image_size
 
     @property
     def sha256(self) -> str:
@@ -141,9 +153,11 @@ class Part:
 
     label: Array
     sha256: list[bytes]
-    """Digest of each image's pixels, uint8 [3, H, W]."""
+    """Digest of each image's pixels, uint8 [3, H, W], as judged."""
     features: Array
     logits: Array
+    spatial: Array
+    """Empty rows where the extractor has no such layer."""
     shown: dict[int, bytes]
     """PNGs of the images for the report, by index."""
     device: str
@@ -168,21 +182,23 @@ def draw(
     Raises:
         ValueError: an image is not finite.
     """
-    features, logits, pixels = [], [], []
+    found, pixels = [], []
     rows = plan.rows(chunk)
     for first in range(rows.start, rows.stop, plan.batch):
         index = torch.arange(first, min(first + plan.batch, rows.stop), device=device)
         drawn = draw_batch(model, plan, index)
-        found = extractor(drawn)
-        features.append(found[0].cpu().numpy())
-        logits.append(found[1].cpu().numpy())
+        if plan.resize:
+            drawn = resized(drawn, plan.resize)
+        found.append([values.cpu().numpy() for values in extractor(drawn)])
         pixels.append(drawn.cpu().numpy())
     images = np.concatenate(pixels)
+    features, logits, spatial = (np.concatenate(values) for values in zip(*found, strict=True))
     part = Part(
         label=np.array([plan.label(i) for i in rows]),
         sha256=[hashlib.sha256(image.tobytes()).digest() for image in images],
-        features=np.concatenate(features),
-        logits=np.concatenate(logits),
+        features=features,
+        logits=logits,
+        spatial=spatial,
         shown={
             index: encode(image, "png")
             for index, image in zip(rows, channels_last(images), strict=True)
@@ -212,6 +228,12 @@ def draw_batch(model: JiT, plan: Plan, index: Tensor) -> Tensor:
     return to_pixels(x)
 
 
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """Pixels [B, 3, H, W] of another side; by way of the CPU, so for all devices alike."""
+    images = [resize(image, size) for image in channels_last(pixels.cpu().numpy())]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(pixels.device)
+
+
 def channels_last(images: Array) -> Array:
     """Pixels [N, 3, H, W] as [N, H, W, 3]."""
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
@@ -222,11 +244,6 @@ def part_uri(output: str, chunk: int) -> str:
     return storage.join(output, "features", f"part-{chunk:05d}.parquet")
 
 
-def images_uri(output: str, chunk: int) -> str:
-    """Where the images of a chunk are, if they are kept."""
-    return storage.join(output, "images", f"part-{chunk:05d}.parquet")
-
-
 def write_part(uri: str, part: Part, plan: Plan, chunk: int) -> None:
     """Publish a part; the bytes are a function of the part and of pyarrow's version."""
     rows = plan.rows(chunk)
@@ -234,11 +251,17 @@ def write_part(uri: str, part: Part, plan: Plan, chunk: int) -> None:
         "index": pa.array(rows, pa.int64()),
         "label": pa.array(part.label, pa.int64()),
         "sha256": pa.array(part.sha256, pa.binary(32)),
-        "features": _vectors(part.features),
-        "logits": _vectors(part.logits),
         "shown": pa.array([part.shown.get(i) for i in rows], pa.binary()),
     }
-    metadata = {"plan": plan.sha256, "device": part.device}
+    for name in VECTORS:
+        values = getattr(part, name)
+        if values.shape[1]:
+            columns[name] = _vectors(values)
+    metadata = {
+        "plan": plan.sha256,
+        "device": part.device,
+        "pixels_sha256": pixels_sha256(part.sha256),
+    }
     sink = pa.BufferOutputStream()
     pq.write_table(
         pa.table(columns).replace_schema_metadata(metadata),
@@ -252,13 +275,18 @@ def write_part(uri: str, part: Part, plan: Plan, chunk: int) -> None:
 
 
 def read_part(uri: str, plan: Plan, chunk: int) -> Part | None:
-    """A part that was published; None if it is missing, damaged, or of another plan."""
+    """A part that was published; None if it is missing, damaged, or of another plan.
+
+    Raises:
+        OSError: the store does not answer, or refuses us: that is no reason to draw again.
+    """
     try:
-        with storage.open_input(uri) as source:
-            file = pq.ParquetFile(source, page_checksum_verification=True)
-            table = file.read()
+        content = storage.read_bytes(uri)
     except FileNotFoundError:
         return None
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        table = file.read()
     except (OSError, pa.ArrowException) as error:
         logger.warning("%s is damaged and will be drawn again: %s", uri, error)
         return None
@@ -272,16 +300,15 @@ def read_part(uri: str, plan: Plan, chunk: int) -> Part | None:
     return Part(
         label=table["label"].to_numpy(),
         sha256=table["sha256"].to_pylist(),
-        features=_matrix(table["features"]),
-        logits=_matrix(table["logits"]),
         shown={index: image for index, image in shown if image is not None},
         device=metadata[b"device"].decode(),
+        **{name: _matrix(table, name) for name in VECTORS},
     )
 
 
-def pixels_sha256(parts: Sequence[Part]) -> str:
-    """Digest over the digests of all images, in the plan's order."""
-    return hashlib.sha256(b"".join(digest for part in parts for digest in part.sha256)).hexdigest()
+def pixels_sha256(digests: Iterable[bytes]) -> str:
+    """Digest over the digests of images, in the plan's order."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _vectors(values: Array) -> pa.FixedSizeListArray:
@@ -289,6 +316,8 @@ def _vectors(values: Array) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def _matrix(column: pa.ChunkedArray) -> Array:
-    flat = column.combine_chunks().flatten().to_numpy()
-    return flat.reshape(len(column), -1)
+def _matrix(table: pa.Table, name: str) -> Array:
+    if name not in table.column_names:
+        return np.empty((len(table), 0), np.float32)
+    flat = table[name].combine_chunks().flatten().to_numpy()
+    return flat.reshape(len(table), -1)

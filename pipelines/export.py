@@ -41,12 +41,7 @@ def run(config: ExportConfig) -> None:
     """
     require(config, "source", "output")
     found = checkpoints.find(config.source)
-    decays = found.meta.config["optimizer"]["ema_decays"]
-    if config.ema not in (0, *decays):
-        raise ValueError(
-            f"{found.uri} has no EMA of decay {config.ema}: choose from "
-            f"{', '.join(map(str, decays))}, or 0 for the raw weights"
-        )
+    check_ema(found, config.ema)
     if config.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         print(f"{found.uri}: EMA {config.ema:g} -> {config.output}")
@@ -54,12 +49,27 @@ def run(config: ExportConfig) -> None:
     storage.check_writable(config.output)
     with tempfile.TemporaryDirectory(prefix="jit-export-") as temporary:
         folder = Path(temporary)
-        info = save_artifact(folder, read_weights(found, config.ema), artifact_info(found, config))
+        weights = read_weights(found, config.ema)
+        info = save_artifact(folder, weights, artifact_info(found, config.ema))
         (folder / "README.md").write_text(model_card(info), encoding="utf-8")
         storage.publish_folder(folder, config.output, last=CONFIG)
     logger.info(
         "%s: EMA %g of %s after %d images", config.output, config.ema, info.run, info.images_seen
     )
+
+
+def check_ema(found: Checkpoint, ema: float) -> None:
+    """Refuse an EMA that a checkpoint does not have.
+
+    Raises:
+        ValueError: naming those that it has.
+    """
+    decays = found.meta.config["optimizer"]["ema_decays"]
+    if ema not in (0, *decays):
+        raise ValueError(
+            f"{found.uri} has no EMA of decay {ema:g}: choose from "
+            f"{', '.join(map(str, decays))}, or 0 for the raw weights"
+        )
 
 
 def read_weights(found: Checkpoint, ema: float) -> dict[str, Tensor]:
@@ -71,15 +81,15 @@ def read_weights(found: Checkpoint, ema: float) -> dict[str, Tensor]:
     return {**checkpoints.read(found.uri, f"ema.{ema}."), "pos_embed": tables[""]}
 
 
-def artifact_info(found: Checkpoint, config: ExportConfig) -> ArtifactInfo:
-    """What the artifact says about itself."""
+def artifact_info(found: Checkpoint, ema: float) -> ArtifactInfo:
+    """What the artifact of an EMA says about itself."""
     trained = found.meta.config
     return ArtifactInfo(
         model=ModelConfig.model_validate(trained["model"]),
         flow=FlowConfig.model_validate(trained["flow"]),
         sampler=SamplerConfig.model_validate(trained["sampler"]),
         classes=found.meta.classes,
-        ema_decay=config.ema,
+        ema_decay=ema,
         images_seen=found.meta.images_seen,
         run=found.meta.run,
         dataset_fingerprint=found.meta.data,

@@ -1,6 +1,7 @@
 """Feature extractors, and the identity that a number must be quoted with.
 
-An extractor turns pixels into pooled features and class logits. Two are known:
+An extractor turns pixels into pooled features and, where it has them, class logits and spatial
+features. Known are:
 
 - `efflite0`: EfficientNet-Lite0 with ImageNet weights, which ship in a package (extra `demo`).
 - `inception`: torch-fidelity's port of the Inception network that FID is defined with. Its weights
@@ -21,7 +22,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,9 @@ class Identity:
     """How pixels are brought to that size."""
     num_features: int
     num_logits: int
+    """Classes of its logits, for the Inception Score; 0 if it has none."""
+    num_spatial: int = 0
+    """Numbers of its spatial features, for sFID; 0 if it has none."""
 
     def metric(self, name: str, *detail: str) -> str:
         """What a metric of these features may be called: FID, or FD-efflite0; IS_std.
@@ -59,7 +63,7 @@ class Identity:
         Only the standard Inception file lends its names to numbers.
         """
         if self.sha256 == INCEPTION_SHA256:
-            full = "FID" if name == "FD" else name
+            full = {"FD": "FID", "sFD": "sFID"}.get(name, name)
         else:
             full = f"{name}-{self.name}"
         return "_".join((full, *detail))
@@ -74,31 +78,36 @@ class Identity:
         return asdict(self)
 
 
-class Extractor:
-    """Pixels -> (features, logits), on one device, in fp32."""
+class Features(NamedTuple):
+    """What an extractor finds in a batch of images, float32."""
 
-    def __init__(self, identity: Identity, forward: Callable[[Tensor], tuple[Tensor, Tensor]]):
+    pooled: Tensor
+    """[B, D]."""
+    logits: Tensor
+    """[B, K]; K is 0 where the extractor knows no classes."""
+    spatial: Tensor
+    """[B, S]; S is 0 where there is no such layer."""
+
+
+class Extractor:
+    """Pixels -> features, on one device, in fp32."""
+
+    def __init__(self, identity: Identity, forward: Callable[[Tensor], tuple[Tensor, ...]]):
         self.identity = identity
         self._forward = forward
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits of a batch.
-
-        Args:
-            pixels: uint8, [B, 3, H, W], on the extractor's device.
-
-        Returns:
-            Pooled features, float32 [B, D], and class logits, float32 [B, K].
-        """
+    def __call__(self, pixels: Tensor) -> Features:
+        """Features of a batch of pixels, uint8 [B, 3, H, W], on the extractor's device."""
         # TF32 would move the third digit of a feature, and autotuning would make it depend on luck.
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
             whole = len(pixels) if pixels.is_cuda else CPU_SLICE
             parts = [self._forward(part) for part in pixels.split(whole)]
-        features, logits = (torch.cat(column).float() for column in zip(*parts, strict=True))
-        return features, logits
+        found = [torch.cat(column).float() for column in zip(*parts, strict=True)]
+        empty = pixels.new_empty((len(pixels), 0), dtype=torch.float32)
+        return Features(*found, *[empty] * (3 - len(found)))
 
 
 def get_extractor(name: str, weights: str = "", device: str | torch.device = "cpu") -> Extractor:
@@ -160,7 +169,11 @@ def _efflite0(weights: str, device: torch.device) -> Extractor:
 
 
 def _inception(weights: str, device: torch.device) -> Extractor:
-    """torch-fidelity's Inception: its own TensorFlow-like resize to 299, layer 2048, raw logits."""
+    """torch-fidelity's Inception: its own TensorFlow-like resize to 299, layer 2048, raw logits.
+
+    The spatial features are ADM's for sFID (Nash et al., arXiv 2103.03841): the first 7 channels of
+    TensorFlow's layer `mixed_6/conv`, 17 x 17 pixels, channels last.
+    """
     if not weights:
         raise FileNotFoundError(
             f"extractor inception needs its weights as a file: get {INCEPTION_FILE} from "
@@ -183,8 +196,17 @@ def _inception(weights: str, device: torch.device) -> Extractor:
     for module in network.modules():
         _fold(module, conv="bn")
     network = network.to(device, memory_format=torch.channels_last)
+    seen: list[Tensor] = []
+    # `mixed` is Mixed_5b, so `mixed_6` is Mixed_6d; its first branch comes first in its output.
+    network.Mixed_6d.register_forward_hook(lambda _, __, output: seen.append(output[:, :7]))
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pooled, logits = network(pixels)
+        return pooled, logits, seen.pop().permute(0, 2, 3, 1).flatten(1)
+
     name = "inception" if sha256 == INCEPTION_SHA256 else f"inception-{sha256[:8]}"
-    return Extractor(Identity(name, sha256, 299, "bilinear-tensorflow1", 2048, 1008), network)
+    identity = Identity(name, sha256, 299, "bilinear-tensorflow1", 2048, 1008, 7 * 17 * 17)
+    return Extractor(identity, forward)
 
 
 def _fetch(weights: str) -> Path:

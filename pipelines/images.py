@@ -80,6 +80,11 @@ def adm_crop(img: Image.Image, size: int) -> Image.Image:
     return img.crop((left, top, left + size, top + size))
 
 
+def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Pixels [H, W, 3] of another side, by Pillow's bicubic filter: antialiased when it shrinks."""
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+
+
 def encode(pixels: NDArray[np.uint8], encoding: str) -> bytes:
     """Pixels as a lossless image that every viewer and `datasets` can open.
 

@@ -1,15 +1,19 @@
 """Metrics of generated images, from stored features: arrays in, numbers out.
 
-Frechet distance, Inception Score, kernel distance, precision, recall, density and coverage. All of
-them agree with torch-fidelity 0.4.0 on equal features, down to the same splits and subsets, but
-need neither a GPU nor all distances at once.
+Frechet distance, of pooled and of spatial features, Inception Score, kernel distance, precision,
+recall, density and coverage. Those that torch-fidelity 0.4.0 has agree with it on equal features,
+down to the same splits and subsets, but need neither a GPU nor all distances at once.
+
+A covariance is singular where there are no more images than features, or where a feature is always
+zero. The Frechet distance exists then too, and equals torch-fidelity's; but with N images its
+expectation is too large by a term of order 1/N, which no longer is small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +25,12 @@ SEED = 2020
 
 BLOCK = 1024
 """Rows of a distance matrix that exist at one time."""
+
+TILE = 4096
+"""Rows of features that are converted or centred at one time."""
+
+RESAMPLES = 2000
+"""Bootstrap samples behind an interval."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,13 @@ class Moments:
     @classmethod
     def of(cls, features: Array) -> Moments:
         """Moments of features [N, D]."""
-        f = features.astype(np.float64)
-        return cls(len(f), f.sum(0), f.T @ f)
+        width = features.shape[1]
+        total, outer = np.zeros(width), np.zeros((width, width))
+        for rows in _slices(len(features), TILE):
+            f = features[rows].astype(np.float64)
+            total += f.sum(0)
+            outer += f.T @ f
+        return cls(len(features), total, outer)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
@@ -65,16 +80,71 @@ def frechet_distance(mean_1: Array, cov_1: Array, mean_2: Array, cov_2: Array) -
     Cholesky factor, or the symmetric square root where S1 is singular (fewer images than
     features, or a feature that is always zero).
     """
-    try:
-        root = np.linalg.cholesky(cov_1)
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(cov_1)
-        root = vectors * np.sqrt(values.clip(0))
-    product = root.T @ cov_2 @ root
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
-    trace_of_root = np.sqrt(eigenvalues.clip(0)).sum()
+    root = _root(cov_1)
+    trace_of_root = np.sqrt(np.linalg.eigvalsh(_congruent(root, cov_2)).clip(0)).sum()
     difference = mean_1 - mean_2
     return float(difference @ difference + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_of_root)
+
+
+def frechet_interval(
+    features: Array, moments: Moments, mean: Array, cov: Array, level: float = 0.95
+) -> tuple[float, float]:
+    """How far the drawn images' own chance may move their Frechet distance: (below, above).
+
+    The bootstrap over images, with the distance linearised at these images. The first-order
+    influence of an image x on the distance is
+
+        h(x) = 2 (m1 - m2).c + c^T (I - T) c,   c = x - m1,
+        T = A (A^T S1 A)^(-1/2) A^T,   S2 = A A^T,
+
+    and the distance of a resample is moved by the mean of its h. Plain resampling would need a
+    matrix root for each resample, and would centre the interval too high: a resample holds fewer
+    different images, and the bias of the distance is larger for fewer images. Neither that bias
+    nor the chance in the reference is part of the interval.
+
+    Args:
+        features: of the generated images, [N, D].
+        moments: theirs.
+        mean, cov: of the reference.
+        level: probability with which the interval is to hold.
+
+    Returns:
+        Ends of the interval as differences to the distance: one below zero, one above.
+    """
+    root = _root(cov)
+    values, vectors = np.linalg.eigh(_congruent(root, moments.covariance))
+    alive = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    # c^T T c is the squared length of c through this map.
+    through = root @ (vectors[:, alive] / values[alive] ** 0.25)
+    difference = 2 * (moments.mean - mean)
+    influence = np.empty(len(features))
+    for rows in _slices(len(features), TILE):
+        c = features[rows] - moments.mean
+        mapped = c @ through
+        influence[rows] = (
+            c @ difference + np.einsum("nd,nd->n", c, c) - np.einsum("nd,nd->n", mapped, mapped)
+        )
+    influence -= influence.mean()
+    N, rng = len(features), np.random.default_rng(SEED)
+    means = [influence[rng.integers(0, N, N)].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _root(cov: Array) -> Array:
+    """A with A A^T = cov: the Cholesky factor, or by eigenvalues where cov is singular."""
+    try:
+        return np.linalg.cholesky(cov)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(cov)
+        root: Array = vectors * np.sqrt(values.clip(0))
+        return root
+
+
+def _congruent(root: Array, cov: Array) -> Array:
+    """root^T cov root, exactly symmetric."""
+    product = root.T @ cov @ root
+    return (product + product.T) / 2
 
 
 def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
@@ -133,25 +203,51 @@ def _cubic(x: Array, y: Array) -> Array:
     return kernel * kernel * kernel
 
 
-def all_metrics(
-    features: Array, logits: Array, mean: Array, covariance: Array, real: Array
-) -> dict[str, float]:
-    """Every metric of generated images, by plain names.
+class Statistics(NamedTuple):
+    """Moments as reference files hold them."""
+
+    mean: Array
+    """[D]."""
+    covariance: Array
+    """[D, D]."""
+
+
+class Real(NamedTuple):
+    """What generated images are compared with."""
+
+    pooled: Statistics
+    """Of the pooled features of all real images."""
+    spatial: Statistics | None = None
+    """Of their spatial features, for sFD."""
+    features: Array | None = None
+    """Pooled features of some real images, [M, D], for what moments do not suffice for."""
+
+
+def all_metrics(features: Array, logits: Array, spatial: Array, real: Real) -> dict[str, float]:
+    """Every metric of generated images, by plain names; those that lack what they need are absent.
+
+    Precision and its kin depend on the numbers of images, so at most M generated ones count, the
+    first ones.
 
     Args:
-        features, logits: of the generated images, [N, D] and [N, K].
-        mean, covariance: of all reference features.
-        real: some of the reference's features, [M, D]; against them, at most M generated images
-            are counted for precision and its kin, because those depend on the numbers.
+        features, logits, spatial: of the generated images, [N, D], [N, K] and [N, S]; K or S is 0
+            where the extractor has no such output.
+        real: statistics of the real images.
     """
     moments = Moments.of(features)
-    found = {
-        "FD": frechet_distance(moments.mean, moments.covariance, mean, covariance),
-    }
-    found["IS"], found["IS_std"] = inception_score(logits)
-    found["KID"], found["KID_std"] = kernel_distance(features, real)
-    for k, values in neighbourhoods(features[: len(real)], real, (3, 5)).items():
-        found |= {f"{name}_k{k}": value for name, value in values.items()}
+    distance = frechet_distance(moments.mean, moments.covariance, *real.pooled)
+    low, high = frechet_interval(features, moments, *real.pooled)
+    found = {"FD": distance, "FD_low": distance + low, "FD_high": distance + high}
+    if real.spatial and spatial.shape[1]:
+        moments = Moments.of(spatial)
+        found["sFD"] = frechet_distance(moments.mean, moments.covariance, *real.spatial)
+    if logits.shape[1]:
+        found["IS"], found["IS_std"] = inception_score(logits)
+    if real.features is not None:
+        found["KID"], found["KID_std"] = kernel_distance(features, real.features)
+        drawn = features[: len(real.features)]
+        for k, values in neighbourhoods(drawn, real.features, (3, 5)).items():
+            found |= {f"{name}_k{k}": value for name, value in values.items()}
     return found
 
 
@@ -166,7 +262,8 @@ def neighbourhoods(
     generated image.
 
     Args:
-        generated, real: features [N, D] and [M, D]; only BLOCK rows of distances exist at a time.
+        generated, real: features [N, D] and [M, D]; only BLOCK rows of distances exist at a time,
+            so that 50,000 x 50,000 images of 2048 features fit in 2 GB.
         ks: sizes of the neighbourhood.
 
     Raises:
@@ -177,17 +274,16 @@ def neighbourhoods(
             f"{max(ks)} neighbours need more images than {len(generated)} generated "
             f"and {len(real)} real ones"
         )
-    centre = real.mean(0)  # distances stay, rounding errors of |x|^2 + |y|^2 - 2 x.y shrink
-    generated = np.asarray(generated - centre, np.float32)
-    real = np.asarray(real - centre, np.float32)
-    radius_generated = _radii(generated, ks)
-    radius_real = _radii(real, ks)
+    # Distances stay, but rounding errors of |x|^2 + |y|^2 - 2 x.y shrink.
+    centre = real.mean(0, dtype=np.float64).astype(np.float32)
+    radius_generated = _radii(generated, ks, centre)
+    radius_real = _radii(real, ks, centre)
 
     inside = dict.fromkeys(ks, 0)
     balls = dict.fromkeys(ks, 0)
     recalled = {k: np.zeros(len(real), bool) for k in ks}
     covered = {k: np.zeros(len(real), bool) for k in ks}
-    for rows, squared in _distances(generated, real):
+    for rows, squared in _distances(generated, real, centre):
         for k in ks:
             hits = squared <= radius_real[k]
             inside[k] += int(hits.any(1).sum())
@@ -206,23 +302,36 @@ def neighbourhoods(
     }
 
 
-def _radii(features: Array, ks: tuple[int, ...]) -> dict[int, Array]:
+def _radii(features: Array, ks: tuple[int, ...], centre: Array) -> dict[int, Array]:
     """Squared distance of each row to its k-th nearest other row."""
     radii = {k: np.empty(len(features), np.float32) for k in ks}
-    for rows, squared in _distances(features, features):
+    for rows, squared in _distances(features, features, centre):
         squared.partition(sorted(ks), axis=1)  # column 0 is the row itself
         for k in ks:
             radii[k][rows] = squared[:, k]
     return radii
 
 
-def _distances(x: Array, y: Array) -> Iterator[tuple[slice, Array]]:
-    """Squared distances between the rows of x and of y, a block of x's rows at a time."""
-    y_squared = np.einsum("nd,nd->n", y, y)
-    for first in range(0, len(x), BLOCK):
-        rows = slice(first, min(first + BLOCK, len(x)))
-        block = x[rows] @ y.T
-        block *= -2
-        block += y_squared
-        block += np.einsum("nd,nd->n", x[rows], x[rows])[:, None]
+def _distances(x: Array, y: Array, centre: Array) -> Iterator[tuple[slice, Array]]:
+    """Squared distances between the rows of x and of y, a block of x's rows at a time.
+
+    The block is one array that is used again; neither x nor y is copied as a whole.
+    """
+    tiles = _slices(len(y), TILE)
+    space = np.empty((min(BLOCK, len(x)), len(y)), np.float32)
+    for rows in _slices(len(x), BLOCK):
+        a = np.asarray(x[rows] - centre, np.float32)
+        a_squared = np.einsum("nd,nd->n", a, a)[:, None]
+        block = space[: len(a)]
+        for tile in tiles:
+            b = np.asarray(y[tile] - centre, np.float32)
+            part = block[:, tile]
+            part[:] = a @ b.T
+            part *= -2
+            part += np.einsum("nd,nd->n", b, b)
+        block += a_squared
         yield rows, block.clip(0, out=block)
+
+
+def _slices(rows: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]

@@ -1,7 +1,17 @@
-"""The reference of an evaluation: statistics of a dataset's features, in one .npz file. No Ray.
+"""The reference of an evaluation: statistics of real images' features, in one .npz file. No Ray.
 
-It holds mean and covariance (`mu`, `sigma`, as other tools name them), the count, an evenly spread
-subset of the features for the metrics that need images and not moments, and an identity block.
+It holds mean and covariance of the pooled and of the spatial features (`mu`, `sigma`, `mu_s`,
+`sigma_s`, as other tools name them), the count, an evenly spread subset of the features for the
+metrics that need images and not moments, and an identity block.
+
+The statistics files of others are read as they are: `mu` and `sigma` in an .npz (pytorch-fid, the
+authors of JiT, ADM's VIRTUAL_imagenet*.npz, which has `mu_s` and `sigma_s` too) or in a .pt
+(torch-fidelity's cache). They have no identity block, so only their widths can be checked.
+
+The images come from a dataset folder, or from the array `arr_0` of an .npz such as ADM's. They are
+cut into pieces, which depend on them alone; each piece is published beside the file when it is
+extracted, and the sum is taken in the order of the pieces, so the file is the same for any fleet,
+and a run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -16,28 +26,33 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 import hashlib
 import io
 import json
+import pickle
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from jitmodel.config import ClassInfo, Config
 from pipelines import storage
-from pipelines.features import Extractor
+from pipelines.features import Extractor, Identity
 from pipelines.images import decode_pixels
-from pipelines.metrics import Array, Moments
-from pipelines.shards import Manifest
+from pipelines.metrics import Array, Moments, Real, Statistics
+from pipelines.shards import Manifest, read_manifest
 
 BATCH = 64
 """Images that are decoded and extracted together; batches do not cross shards."""
 
 MAX_FEATURES = 10_000
 """Most features that are stored as they are."""
+
+MAX_PIECES = 64
+"""Most pieces: with Inception's features one takes 66 MB until the file is written."""
 
 
 class ReferenceIdentity(Config):
@@ -47,6 +62,7 @@ class ReferenceIdentity(Config):
     extractor: dict[str, str | int]
     image_size: int
     classes: tuple[ClassInfo, ...]
+    """Empty if unknown."""
     num_images: int
     dataset_fingerprint: str
     versions: dict[str, str]
@@ -56,85 +72,243 @@ class ReferenceIdentity(Config):
 class Reference:
     """A reference file in memory."""
 
-    identity: ReferenceIdentity
+    identity: ReferenceIdentity | None
+    """None for a file that another tool wrote."""
     sha256: str
     """Digest of the file."""
-    mean: Array
-    covariance: Array
-    features: Array
-    """Up to MAX_FEATURES features, spread evenly over the images."""
+    count: int | None
+    """Images behind the moments, if known."""
+    real: Real
+
+
+class RealImages(Protocol):
+    """Real images of one size, in a fixed order and in pieces that do not depend on a fleet."""
+
+    image_size: int
+    classes: tuple[ClassInfo, ...]
+    num_images: int
+    fingerprint: str
+    pieces: list[range]
+    """Positions of the images of each piece."""
+
+    def batches(self, piece: range) -> Iterator[Tensor]:
+        """The pixels of a piece, uint8 [B, 3, H, W]."""
+        ...
+
+
+class DatasetImages:
+    """The first images of a dataset folder; a piece is a run of neighbouring shards."""
+
+    def __init__(self, data: str, manifest: Manifest, num_images: int = 0) -> None:
+        self.data = data
+        self.image_size = manifest.image_size
+        self.classes = tuple(manifest.classes)
+        self.fingerprint = manifest.fingerprint
+        self.num_images = min(num_images or manifest.num_rows, manifest.num_rows)
+        self.shards: list[tuple[str, range]] = []
+        first = 0
+        for info in manifest.shards:
+            if first < self.num_images:
+                last = min(first + info.rows, self.num_images)
+                self.shards.append((info.file, range(first, last)))
+            first += info.rows
+        size = -(-len(self.shards) // MAX_PIECES)
+        self.pieces = [
+            range(group[0][1].start, group[-1][1].stop)
+            for group in (self.shards[i : i + size] for i in range(0, len(self.shards), size))
+        ]
+
+    def batches(self, piece: range) -> Iterator[Tensor]:
+        for file, positions in self.shards:
+            if positions.start in piece:
+                yield from self._shard(storage.join(self.data, file), len(positions))
+
+    def _shard(self, uri: str, rows: int) -> Iterator[Tensor]:
+        with storage.honest_errors(uri), storage.open_input(uri) as source:
+            for batch in pq.ParquetFile(source).iter_batches(BATCH, columns=["image"]):
+                images = batch.column(0).field("bytes")[:rows]
+                rows -= len(images)
+                if len(images):
+                    pixels = np.stack([decode_pixels(image.as_py()) for image in images])
+                    yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+class ArrayImages:
+    """The first images of the array `arr_0` of an .npz file, uint8 [N, H, H, 3]."""
+
+    PIECE = 1024
+
+    def __init__(self, uri: str, num_images: int = 0) -> None:
+        self.uri = storage.absolute(uri)
+        self.classes: tuple[ClassInfo, ...] = ()
+        try:
+            with storage.open_input(self.uri) as source, zipfile.ZipFile(source) as archive:
+                crc = archive.getinfo("arr_0.npy").CRC
+                with archive.open("arr_0.npy") as array:
+                    shape, dtype = _npy_header(array)
+            if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or dtype != np.uint8:
+                raise ValueError(f"arr_0 is {dtype} {list(shape)}")
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{uri} does not hold images: expected an .npz with an array arr_0, uint8 "
+                f"[N, H, H, 3]; {error}"
+            ) from error
+        self.image_size = shape[1]
+        self.num_images = min(num_images or shape[0], shape[0])
+        self.fingerprint = f"arr_0 of shape {list(shape)}, CRC {crc:08x}"
+        size = max(self.PIECE, -(-self.num_images // MAX_PIECES))
+        self.pieces = [
+            range(i, min(i + size, self.num_images)) for i in range(0, self.num_images, size)
+        ]
+
+    def batches(self, piece: range) -> Iterator[Tensor]:
+        shape = (self.image_size, self.image_size, 3)
+        each = int(np.prod(shape))
+        with (
+            storage.open_input(self.uri) as source,
+            zipfile.ZipFile(source) as archive,
+            archive.open("arr_0.npy") as array,
+        ):
+            _npy_header(array)
+            array.seek(array.tell() + piece.start * each)
+            for first in range(piece.start, piece.stop, BATCH):
+                number = min(BATCH, piece.stop - first)
+                pixels = np.frombuffer(bytearray(array.read(number * each)), np.uint8)
+                batch = torch.from_numpy(pixels.reshape(number, *shape))
+                yield batch.permute(0, 3, 1, 2).contiguous()
+
+
+def _npy_header(array: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array in an .npz, whose values follow in C order."""
+    if npy.read_magic(array) != (1, 0):
+        raise ValueError("an unknown version of the .npy format")
+    shape, fortran, dtype = npy.read_array_header_1_0(array)
+    if fortran:
+        raise ValueError("an array in Fortran order")
+    return shape, dtype
+
+
+def real_images(uri: str, num_images: int = 0) -> RealImages:
+    """The real images at a URI: a dataset folder, or an .npz with arr_0.
+
+    Args:
+        uri: of either.
+        num_images: how many count, from the first one on; 0 means all.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: the .npz has no images, or there are too few.
+    """
+    images: RealImages
+    if uri.endswith(".npz"):
+        if not storage.exists(uri):
+            raise FileNotFoundError(storage.NOTHING_THERE.format(uri=uri))
+        images = ArrayImages(uri, num_images)
+    else:
+        images = DatasetImages(uri, read_manifest(uri), num_images)
+    if images.num_images < 2:
+        raise ValueError(f"statistics need at least 2 images; {uri} has {images.num_images}")
+    return images
 
 
 def is_kept(position: Array, num_images: int) -> Array:
-    """Which positions of the dataset belong to the subset of the features."""
+    """Which positions of the images belong to the subset of the features."""
     keep = min(MAX_FEATURES, num_images)
     kept: Array = (position + 1) * keep // num_images > position * keep // num_images
     return kept
 
 
-def shard_statistics(
-    data: str,
-    manifest: Manifest,
-    shard: int,
-    num_images: int,
-    extractor: Extractor,
-    device: torch.device,
-) -> tuple[Moments, Array]:
-    """Moments and the kept features of one shard.
+class Piece(NamedTuple):
+    """What is known of a piece of the images."""
+
+    pooled: Moments
+    spatial: Moments
+    """Of zero width where the extractor has no spatial features."""
+    kept: Array
+    """Pooled features of the subset, [M, D]."""
+
+
+def extract(images: RealImages, piece: range, extractor: Extractor, device: torch.device) -> Piece:
+    """Features of a piece of the images, reduced to what a reference holds."""
+    found = []
+    for pixels in images.batches(piece):
+        features = extractor(pixels.to(device))
+        found.append((features.pooled.cpu().numpy(), features.spatial.cpu().numpy()))
+    pooled, spatial = (np.concatenate(values) for values in zip(*found, strict=True))
+    assert len(pooled) == len(piece), (len(pooled), piece)
+    kept = pooled[is_kept(np.arange(piece.start, piece.stop), images.num_images)]
+    return Piece(Moments.of(pooled), Moments.of(spatial), kept)
+
+
+def piece_uri(output: str, identity: ReferenceIdentity, piece: range) -> str:
+    """Where a piece is until the file is written; the name tells what it is of, too."""
+    content = json.dumps(identity.model_dump(mode="json"))
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return storage.join(pieces_uri(output), f"{key}-{piece.start:09d}-{piece.stop:09d}.npz")
+
+
+def pieces_uri(output: str) -> str:
+    """Folder of the pieces of a file that is not finished."""
+    return f"{output}.pieces"
+
+
+def write_piece(uri: str, piece: Piece) -> None:
+    """Publish a piece."""
+    arrays: dict[str, Array] = {"kept": piece.kept}
+    for name, moments in (("pooled", piece.pooled), ("spatial", piece.spatial)):
+        arrays |= {f"{name}_sum": moments.sum, f"{name}_outer": moments.outer}
+    buffer = io.BytesIO()
+    np.savez(buffer, count=np.int64(piece.pooled.count), **arrays)  # type: ignore[arg-type]
+    storage.write_bytes(uri, buffer.getvalue())
+
+
+def read_piece(uri: str) -> Piece | None:
+    """A piece that was published; None if it is missing or damaged."""
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
+            pooled, spatial = (
+                Moments(int(file["count"]), file[f"{name}_sum"], file[f"{name}_outer"])
+                for name in ("pooled", "spatial")
+            )
+            return Piece(pooled, spatial, file["kept"])
+    except (FileNotFoundError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_reference(uri: str, identity: ReferenceIdentity, pieces: Iterator[Piece]) -> None:
+    """Publish a reference file; its bytes are a function of the arguments.
 
     Args:
-        data: URI of the dataset folder.
-        manifest: its manifest.
-        shard: which one.
-        num_images: images of the dataset that count, from the first one on.
-        extractor: on `device`.
-        device: where it runs.
+        uri: of the file.
+        identity: what it is about.
+        pieces: all of them, in order.
     """
-    first = sum(info.rows for info in manifest.shards[:shard])
-    info = manifest.shards[shard]
-    rows = min(info.rows, num_images - first)
-    found = [
-        extractor(pixels.to(device))[0].cpu().numpy()
-        for pixels in _batches(storage.join(data, info.file), rows)
-    ]
-    features = np.concatenate(found)
-    assert len(features) == rows, (len(features), rows)
-    return Moments.of(features), features[is_kept(first + np.arange(rows), num_images)]
-
-
-def _batches(uri: str, rows: int) -> Iterator[Tensor]:
-    """The first images of a shard, uint8 [B, 3, H, W]."""
-    with storage.open_input(uri) as source:
-        for batch in pq.ParquetFile(source).iter_batches(BATCH, columns=["image"]):
-            images = batch.column(0).field("bytes")[:rows]
-            rows -= len(images)
-            if len(images):
-                pixels = np.stack([decode_pixels(image.as_py()) for image in images])
-                yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def write_reference(
-    uri: str, identity: ReferenceIdentity, moments: Moments, features: Array
-) -> None:
-    """Publish a reference file; its bytes are a function of the arguments."""
+    first = next(pieces)
+    pooled, spatial, kept = first.pooled, first.spatial, [first.kept]
+    for piece in pieces:
+        pooled, spatial = pooled + piece.pooled, spatial + piece.spatial
+        kept.append(piece.kept)
+    assert pooled.count == identity.num_images, (pooled.count, identity.num_images)
+    arrays: dict[str, Array] = {"mu": pooled.mean, "sigma": pooled.covariance}
+    if len(spatial.sum):
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        mu=moments.mean,
-        sigma=moments.covariance,
-        count=np.int64(moments.count),
-        features=features,
+        count=np.int64(pooled.count),
+        features=np.concatenate(kept),
         identity=np.array(json.dumps(identity.model_dump(mode="json"))),
+        **arrays,  # type: ignore[arg-type]
     )
     storage.write_bytes(uri, buffer.getvalue())
 
 
 def read_reference(uri: str) -> Reference:
-    """Read a reference file.
+    """Read a reference file, of ours or of others.
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is damaged, or not a reference file of ours.
+        ValueError: it is damaged, or no file of statistics.
     """
     try:
         content = storage.read_bytes(uri)
@@ -143,51 +317,116 @@ def read_reference(uri: str) -> Reference:
             f"no reference at {uri}: make one with `jit reference DATASET --output {uri}`"
         ) from error
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            return Reference(
-                identity=ReferenceIdentity.model_validate_json(str(file["identity"])),
-                sha256=hashlib.sha256(content).hexdigest(),
-                mean=file["mu"],
-                covariance=file["sigma"],
-                features=file["features"],
+        file = _arrays(content)
+        if "mu" not in file and "arr_0" in file:
+            raise ValueError(
+                f"it holds images and no statistics: run `jit reference {uri} --output FILE.npz` "
+                "and name that file"
             )
+        identity = None
+        if "identity" in file:
+            identity = ReferenceIdentity.model_validate_json(str(file["identity"]))
+        spatial = None
+        if "mu_s" in file:
+            spatial = _statistics(file, "mu_s", "sigma_s")
+        return Reference(
+            identity=identity,
+            sha256=hashlib.sha256(content).hexdigest(),
+            count=int(file["count"]) if "count" in file else None,
+            real=Real(_statistics(file, "mu", "sigma"), spatial, file.get("features")),
+        )
     except KeyError as error:
         raise ValueError(
-            f"{uri} has no {error.args[0]}: it was not made by `jit reference`, so nobody can "
-            "tell whether its extractor, image size and classes are the model's"
+            f"{uri} has no {error.args[0]}: a reference holds at least mu and sigma, the mean and "
+            "covariance of features"
         ) from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{uri} is not a reference file: {error}") from error
 
 
+NAMES = ("mu", "sigma", "mu_s", "sigma_s", "count", "features", "identity")
+
+
+def _arrays(content: bytes) -> dict[str, Array]:
+    """The arrays of a file that a reference is made of; images are not read."""
+    if b"/data.pkl" in content[:4096]:  # a zip file of torch.save
+        return _torch_arrays(content)
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        found = {name: file[name] for name in NAMES if name in file}
+        if "arr_0" in file and "mu" not in file:
+            found["arr_0"] = np.empty(0)
+        return found
+
+
+def _torch_arrays(content: bytes) -> dict[str, Array]:
+    """The arrays of a file of torch.save, which may name NumPy's arrays and nothing that runs."""
+    known = [np._core.multiarray._reconstruct, np.ndarray, np.dtype]  # type: ignore[attr-defined]
+    known += [type(np.dtype(kind)) for kind in ("f4", "f8")]
+    try:
+        with torch.serialization.safe_globals(known):
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not a dict with mu and sigma")
+    return {name: np.asarray(value) for name, value in found.items() if name in NAMES}
+
+
+def _statistics(file: dict[str, Array], mean: str, covariance: str) -> Statistics:
+    m, c = file[mean].astype(np.float64), file[covariance].astype(np.float64)
+    if m.ndim != 1 or c.shape != (len(m), len(m)):
+        raise ValueError(f"{mean} has shape {list(m.shape)} and {covariance} {list(c.shape)}")
+    if not (np.isfinite(m).all() and np.isfinite(c).all()):
+        raise ValueError(f"{mean} or {covariance} has values that are not finite")
+    return Statistics(m, c)
+
+
 def check_match(
-    reference: ReferenceIdentity,
-    extractor: dict[str, Any],
+    reference: Reference,
+    extractor: Identity,
     image_size: int,
     num_classes: int,
     classes: tuple[ClassInfo, ...],
 ) -> None:
     """Refuse to compare what cannot be compared.
 
+    Args:
+        reference: the real side.
+        extractor: of the drawn side.
+        image_size: of the drawn images, as they are judged.
+        num_classes, classes: of the drawn images; the names may be unknown.
+
     Raises:
         ValueError: extractor, image size or classes differ; both are named.
     """
-    for field, theirs in reference.extractor.items():
-        if theirs != extractor[field]:
+    about = reference.identity
+    if about is None:
+        width = len(reference.real.pooled.mean)
+        if width != extractor.num_features:
             raise ValueError(
-                f"the reference was made with another extractor: its {field} is {theirs}, "
-                f"this evaluation's is {extractor[field]}"
+                f"the reference is about {width} features (the standard Inception has 2048), but "
+                f"extractor {extractor.name} has {extractor.num_features}: name the extractor that "
+                "it was made with"
             )
-    if reference.image_size != image_size:
+        return
+    for field, ours in extractor.as_dict().items():
+        if about.extractor.get(field) != ours:
+            raise ValueError(
+                f"the reference was made with another extractor: its {field} is "
+                f"{about.extractor.get(field)}, this evaluation's is {ours}"
+            )
+    if about.image_size != image_size:
         raise ValueError(
-            f"the reference is about images of {reference.image_size} pixels, "
-            f"the model draws {image_size}"
+            f"the reference is about images of {about.image_size} pixels, those to be judged have "
+            f"{image_size}: name another one, or --resize the drawn images to its size"
         )
-    if len(reference.classes) != num_classes:
+    if not about.classes:
+        return
+    if len(about.classes) != num_classes:
         raise ValueError(
-            f"the reference has {len(reference.classes)} classes, the model has {num_classes}"
+            f"the reference has {len(about.classes)} classes, the model has {num_classes}"
         )
-    for label, (real, drawn) in enumerate(zip(reference.classes, classes, strict=False)):
+    for label, (real, drawn) in enumerate(zip(about.classes, classes, strict=False)):
         if real != drawn:
             raise ValueError(
                 f"class {label} is {real.name!r} in the reference and {drawn.name!r} in the model"

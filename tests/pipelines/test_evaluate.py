@@ -199,7 +199,7 @@ def test_any_fleet_draws_the_same_bytes_whoever_dies_and_a_second_run_draws_what
     run(config(artifact, reference, one, workers=1))
     killer = KillOne()
     logging.getLogger("pipelines").addHandler(killer)
-    run(config(artifact, reference, three, workers=3, keep_images=True))
+    run(config(artifact, reference, three, workers=3, keep_images="parquet"))
     logging.getLogger("pipelines").removeHandler(killer)
 
     assert killer.killed
@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
 
     refused(ValueError, "--model is missing", artifact="")
     refused(FileNotFoundError, "absent", artifact=tmp_path / "absent")
-    refused(FileNotFoundError, r"no artifact at .*: it needs config.json", artifact=tmp_path)
+    refused(FileNotFoundError, r"no model at .*: neither an artifact", artifact=tmp_path)
     refused(ValueError, r"model.safetensors is damaged", artifact=truncated)
     refused(FileNotFoundError, r"no reference at absent.npz: make one", reference="absent.npz")
     refused(ValueError, r"config.json is not a reference", reference=artifact / "config.json")

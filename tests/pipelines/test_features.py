@@ -65,21 +65,22 @@ def test_efflite0_recognises_real_photographs(imagenet_sample: Path):
     labels = torch.tensor([wnids.index(file.name.split("_")[0]) for file in files])
     extractor = get_extractor("efflite0")
 
-    found, logits = extractor(photographs(files, 224))
+    found, logits, spatial = extractor(photographs(files, 224))
 
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     assert accuracy >= 0.86, accuracy
     assert found.shape == (100, extractor.identity.num_features)
     assert logits.shape == (100, extractor.identity.num_logits)
     assert found.dtype == logits.dtype == torch.float32
+    assert spatial.shape == (100, 0)  # sFID is defined by a layer of Inception
 
 
 def test_the_features_of_an_image_do_not_depend_on_its_batch(imagenet_sample: Path):
     pixels = photographs(sorted(imagenet_sample.glob("*.JPEG"))[:7], 32)
     extractor = get_extractor("efflite0")
 
-    together, _ = extractor(pixels)
-    reversed_, _ = extractor(pixels.flip(0))
+    together = extractor(pixels).pooled
+    reversed_ = extractor(pixels.flip(0)).pooled
 
     assert torch.equal(together, reversed_.flip(0))
 
@@ -92,7 +93,10 @@ def test_the_quick_networks_compute_what_the_packages_compute(
         "original", ["2048", "logits_unbiased"], str(inception_file)
     )
 
-    found, logits = get_extractor("inception", str(inception_file))(pixels)
+    layer = []
+    original.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: layer.append(output))
+
+    found, logits, spatial = get_extractor("inception", str(inception_file))(pixels)
 
     expected, expected_logits = original(pixels)
     assert expected.std() > 0.05  # alive, or the comparison would prove nothing
@@ -100,6 +104,10 @@ def test_the_quick_networks_compute_what_the_packages_compute(
     torch.testing.assert_close(
         logits, expected_logits, rtol=1e-4, atol=1e-5 * expected_logits.abs().max().item()
     )
+    # ADM's sFID: TensorFlow's mixed_6/conv [N, 17, 17, 192], of which the first 7 channels count.
+    expected_spatial = layer[0].permute(0, 2, 3, 1)[..., :7].reshape(3, 2023)
+    assert expected_spatial.std() > 0.05
+    torch.testing.assert_close(spatial, expected_spatial, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -115,11 +123,10 @@ def test_from_photographs_to_numbers_we_agree_with_torch_fidelity(
             Image.fromarray(image).save(tmp_path / name / f"{i:03d}.png")
     extractor = get_extractor("inception", str(inception_file))
 
-    (drawn, logits), (real, _) = (
-        tuple(values.numpy() for values in extractor(pixels)) for pixels in sets.values()
-    )
-    moments = metrics.Moments.of(real)
-    found = metrics.all_metrics(drawn, logits, moments.mean, moments.covariance, real)
+    drawn, real = ([values.numpy() for values in extractor(pixels)] for pixels in sets.values())
+    moments = metrics.Moments.of(real[0])
+    statistics = metrics.Statistics(moments.mean, moments.covariance)
+    found = metrics.all_metrics(*drawn, metrics.Real(statistics, features=real[0]))
 
     expected = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "drawn"), input2=str(tmp_path / "real"), cuda=False, isc=True,

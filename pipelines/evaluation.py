@@ -1,0 +1,345 @@
+"""One evaluation, from what it shall draw to its report; no Ray.
+
+An evaluation folder is plan.json; features/part-*.parquet; on request images/; and, last, the
+report. Whoever has the folder can compute the metrics anew, against another reference too, without
+the model or a GPU.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from jitmodel.config import ClassInfo
+from jitmodel.model import JiT
+from jitmodel.parallel import parallelize
+from pipelines import metrics, storage
+from pipelines.config import EvaluateConfig, KeepImages, StageFailed
+from pipelines.drawing import (
+    VECTORS,
+    Part,
+    Plan,
+    channels_last,
+    differences,
+    draw,
+    part_uri,
+    pixels_sha256,
+    read_part,
+    write_part,
+)
+from pipelines.features import Identity, get_extractor
+from pipelines.images import encode
+from pipelines.metrics import Array
+from pipelines.models import Source, load_model
+from pipelines.reference import Reference
+from pipelines.shards import Row, write_shard
+from pipelines.versions import tool_versions
+
+PLAN, IMAGES = "plan.json", "images"
+
+
+class Job(NamedTuple):
+    """A folder to fill by carrying out a plan."""
+
+    source: Source
+    plan: Plan
+    output: str
+    keep_images: KeepImages = "none"
+
+
+def pick_device() -> torch.device:
+    """The GPU that Ray gave this process, or its one CPU thread."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+class SampleWorker:
+    """Draws, judges and publishes chunks of any jobs; holds one model and one extractor."""
+
+    def __init__(self, extractor: str, weights: str) -> None:
+        self.extractor_name, self.weights = extractor, weights
+        self.loaded: tuple[str, bool] | None = None
+        self.model: JiT
+
+    def start(self) -> str:
+        self.device = pick_device()
+        self.extractor = get_extractor(self.extractor_name, self.weights, self.device)
+        return f"process {os.getpid()} on {platform.node()}, {self.device.type}"
+
+    def run(self, item: tuple[Job, int]) -> int:
+        """Draw a chunk of a job; the number of its images."""
+        job, chunk = item
+        wanted = (job.plan.weights_sha256, job.plan.compile)
+        if wanted != self.loaded:
+            self.model = load_model(job.source, self.device)
+            if job.plan.compile:
+                parallelize(self.model, compile=True)
+            self.loaded = wanted
+        part, images = draw(self.model, self.extractor, job.plan, chunk, self.device)
+        keep(images, part, job, chunk)
+        write_part(part_uri(job.output, chunk), part, job.plan, chunk)
+        return len(images)
+
+
+def make_plan(
+    config: EvaluateConfig, source: Source, extractor: Identity, resize: int | None = None
+) -> Plan:
+    """The plan that a config and a model make, for a CPU.
+
+    Args:
+        config: what is asked for.
+        source: the model.
+        extractor: identity of the extractor.
+        resize: side to which the drawn images are resized, if they are.
+
+    Raises:
+        ValueError: it cannot be carried out.
+    """
+    info = source.info
+    return Plan(
+        num_images=config.num_images,
+        batch=config.batch,
+        chunk_batches=config.chunk_batches,
+        seed=config.seed,
+        precision=config.precision,
+        sampler=config.sampler.over(info.sampler),
+        model=info.model,
+        flow=info.flow,
+        weights_sha256=info.weights_sha256,
+        extractor=extractor.as_dict(),
+        resize=resize,
+        compile=config.compile,
+        device="cpu",
+        torch=torch.__version__,
+    ).check()
+
+
+def write_plan(output: str, plan: Plan, config: Mapping[str, Any]) -> None:
+    """Say what a folder is for, before anything else is written to it."""
+    content = {
+        "plan": plan.model_dump(mode="json"),
+        "sha256": plan.sha256,
+        "config": config,
+        "versions": tool_versions(),
+    }
+    storage.write_json(storage.join(output, PLAN), content)
+
+
+def stored_plan(output: str) -> Plan | None:
+    """The plan that a folder was begun with; None if it was not.
+
+    Raises:
+        ValueError: there is something else in its place.
+    """
+    uri = storage.join(output, PLAN)
+    if not storage.exists(uri):
+        return None
+    try:
+        return Plan.model_validate(storage.read_json(uri)["plan"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{uri} is not a plan that this version reads: choose another --output"
+        ) from error
+
+
+def refuse_another(output: str, stored: Plan, plan: Plan) -> None:
+    """Refuse to go on with another plan.
+
+    Raises:
+        ValueError: naming each field that differs, with both values.
+    """
+    lines = differences(stored.model_dump(mode="json"), plan.model_dump(mode="json"))
+    if lines:
+        raise ValueError(
+            f"{storage.join(output, PLAN)} holds another plan: {'; '.join(lines)}. "
+            "Choose another --output, or the same settings."
+        )
+
+
+def missing_chunks(job: Job) -> list[int]:
+    """Chunks whose part, or whose images if they are to be kept, are not there yet."""
+    folder = storage.join(job.output, IMAGES)
+    wanted = job.keep_images != "none"
+    there: set[str] = set()
+    if wanted and storage.exists(folder):
+        there = {entry.relative for entry in storage.list_folder(folder)[1]}
+    return [
+        chunk
+        for chunk in range(job.plan.num_chunks)
+        if read_part(part_uri(job.output, chunk), job.plan, chunk) is None
+        or not there.issuperset(image_files(job, chunk))
+    ]
+
+
+def image_files(job: Job, chunk: int) -> list[str]:
+    """Names of the files that hold a chunk's images, in the folder of images."""
+    if job.keep_images == "png":
+        return [f"{index:06d}.png" for index in job.plan.rows(chunk)]
+    return [] if job.keep_images == "none" else [f"part-{chunk:05d}.{job.keep_images}"]
+
+
+def keep(images: Array, part: Part, job: Job, chunk: int) -> None:
+    """Publish a chunk's images, if they are to be kept; their bytes are a function of the pixels.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        part: what else is known of them.
+        job: tells where and how.
+        chunk: which chunk it is.
+    """
+    files = image_files(job, chunk)
+    if not files:
+        return
+    places = [storage.join(job.output, IMAGES, file) for file in files]
+    rows = job.plan.rows(chunk)
+    pngs = [encode(image, "png") for image in channels_last(images)]
+    if job.keep_images == "png":
+        for place, png in zip(places, pngs, strict=True):
+            storage.write_bytes(place, png)
+    elif job.keep_images == "tar":
+        storage.write_bytes(places[0], _webdataset(rows, part.label, pngs))
+    else:
+        names = job.source.info.classes or [
+            ClassInfo(name=str(i)) for i in range(job.plan.model.num_classes)
+        ]
+        kept = [
+            Row(png, f"{index:06d}.png", int(label), index)
+            for index, label, png in zip(rows, part.label, pngs, strict=True)
+        ]
+        with storage.staged(places[0]) as path:
+            write_shard(path, kept, names, rows_per_group=64)
+
+
+def _webdataset(rows: range, label: Array, pngs: list[bytes]) -> bytes:
+    """A tar of 000012.png and 000012.cls for each image."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, number, png in zip(rows, label, pngs, strict=True):
+            for suffix, content in (("png", png), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"{index:06d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """All images of an evaluation, as its folder holds them, in the plan's order."""
+
+    features: Array
+    logits: Array
+    spatial: Array
+    pixels_sha256: str
+    shown: dict[int, bytes]
+    """PNGs of the images for the report, by index."""
+    devices: list[str]
+    """Kinds of devices that drew them."""
+
+
+def read_drawn(job: Job) -> Drawn:
+    """Read a folder in which no chunk is missing.
+
+    Raises:
+        StageFailed: a chunk cannot be read back.
+    """
+    arrays: dict[str, Array] = {}
+    parts = []
+    for chunk in range(job.plan.num_chunks):
+        part = read_part(part_uri(job.output, chunk), job.plan, chunk)
+        if part is None:
+            raise StageFailed(f"{part_uri(job.output, chunk)} cannot be read back: run again")
+        rows = job.plan.rows(chunk)
+        for name in VECTORS:
+            values = getattr(part, name)
+            if name not in arrays:  # filled part by part: two copies of everything would not fit
+                arrays[name] = np.empty((job.plan.num_images, values.shape[1]), values.dtype)
+            arrays[name][rows.start : rows.stop] = values
+        parts.append((part.sha256, part.shown, part.device))
+    return Drawn(
+        **arrays,
+        pixels_sha256=pixels_sha256(digest for digests, _, _ in parts for digest in digests),
+        shown={index: png for _, shown, _ in parts for index, png in shown.items()},
+        devices=sorted({device for _, _, device in parts}),
+    )
+
+
+def judge(drawn: Drawn, reference: Reference, extractor: Identity) -> dict[str, float]:
+    """Every metric of the stored features, under the names that the extractor allows."""
+    found = metrics.all_metrics(drawn.features, drawn.logits, drawn.spatial, reference.real)
+    return {extractor.metric(*name.split("_")): value for name, value in found.items()}
+
+
+def warnings(drawn: Drawn, reference: Reference, extractor: Identity) -> list[str]:
+    """What a reader must know before quoting the numbers."""
+    found = []
+    counts = {"drawn": len(drawn.features), "reference": reference.count}
+    for what, count in counts.items():
+        if count is not None and count <= extractor.num_features:
+            found.append(
+                f"{count} {what} images in {extractor.num_features} dimensions: the covariance is "
+                f"singular and {extractor.distance} is biased upwards, by more the fewer images "
+                "there are; compare it only with numbers from equally many images"
+            )
+    if reference.identity is None:
+        found.append(
+            "the reference says nothing about itself: that it was made with this extractor, from "
+            "images of this size and these classes, was taken on trust"
+        )
+    if reference.real.features is None:
+        found.append(
+            "the reference holds moments only, so there is no KID, precision, recall, density or "
+            "coverage"
+        )
+    if len(drawn.devices) > 1:
+        found.append(f"drawn on different devices, which may round differently: {drawn.devices}")
+    return found
+
+
+def identity(job: Job, drawn: Drawn, reference: Reference) -> dict[str, Any]:
+    """All that is needed to draw the same images and get the same numbers again."""
+    plan, info = job.plan, job.source.info
+    about: dict[str, Any] = {"identity": "none"}
+    if reference.identity:
+        about = reference.identity.model_dump(mode="json", exclude={"classes"})
+    return {
+        "pixels_sha256": drawn.pixels_sha256,
+        "plan_sha256": plan.sha256,
+        "weights_sha256": plan.weights_sha256,
+        "reference_sha256": reference.sha256,
+        "num_images": plan.num_images,
+        "seed": plan.seed,
+        "batch": plan.batch,
+        "sampler": plan.sampler.model_dump(mode="json"),
+        "precision": plan.precision,
+        "compile": plan.compile,
+        "image_size": plan.image_size,
+        "resize": f"{plan.model.image_size} to {plan.resize}, Pillow bicubic"
+        if plan.resize
+        else "none",
+        "extractor": plan.extractor,
+        "ema_decay": info.ema_decay,
+        "images_seen": info.images_seen,
+        "run": info.run,
+        "reference": about,
+        "devices": drawn.devices,
+        "versions": tool_versions(),
+    }
+
+
+def shown_rows(drawn: Drawn, job: Job) -> list[tuple[str, list[bytes]]]:
+    """Name and PNGs of each class of the report's picture."""
+    rows: dict[int, list[bytes]] = {}
+    for index, image in drawn.shown.items():
+        rows.setdefault(job.plan.label(index), []).append(image)
+    names = dict(enumerate(c.name for c in job.source.info.classes))
+    return [(names.get(label, f"class {label}"), rows[label]) for label in sorted(rows)]
