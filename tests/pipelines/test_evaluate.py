@@ -163,11 +163,15 @@ def test_a_reference_is_the_same_file_for_any_fleet(dataset: Path, reference: Pa
 
     assert alone.read_bytes() == reference.read_bytes()
     found = read_reference(str(reference))
-    assert found.identity.num_images == len(found.features) == 40
-    np.testing.assert_allclose(found.mean, found.features.astype(np.float64).mean(0))
+    assert found.identity is not None
+    assert found.real.features is not None
+    assert found.identity.num_images == found.count == len(found.real.features) == 40
+    features = found.real.features.astype(np.float64)
+    np.testing.assert_allclose(found.real.pooled.mean, features.mean(0))
     np.testing.assert_allclose(
-        found.covariance, np.cov(found.features.astype(np.float64), rowvar=False), atol=1e-9
+        found.real.pooled.covariance, np.cov(features, rowvar=False), atol=1e-9
     )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.npz"]  # no pieces are left
 
 
 class KillOne(logging.Handler):
@@ -235,6 +239,7 @@ def test_any_fleet_draws_the_same_bytes_whoever_dies_and_a_second_run_draws_what
     # One part is lost, one is damaged: only these two are drawn again, to the same bytes.
     before = {name: (one / "features" / name).read_bytes() for name in parts}
     times = {name: (one / "features" / name).stat().st_mtime_ns for name in parts}
+    assert not (one / "writer").exists()
     (one / "features" / parts[1]).unlink()
     damaged = bytearray(before[parts[4]])
     damaged[len(damaged) // 2] ^= 1

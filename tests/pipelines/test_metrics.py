@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,11 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from pipelines import metrics
 from pipelines.metrics import (
     Moments,
+    Real,
+    Statistics,
+    all_metrics,
     frechet_distance,
+    frechet_interval,
     inception_score,
     kernel_distance,
     neighbourhoods,
@@ -83,6 +89,169 @@ def test_the_frechet_distance_agrees_with_torch_fidelity_even_when_singular(num:
     a[:, :dead] = 0
     assert distance(a, b) == pytest.approx(fidelity_distance(a, b), rel=1e-4)
     assert distance(b, a) == pytest.approx(distance(a, b), rel=1e-6)
+
+
+def test_the_interval_is_as_wide_as_the_distance_scatters_when_images_are_drawn_anew():
+    real = Moments.of(features(0, 4000, 12))
+
+    found, widths = [], []
+    for seed in range(1, 61):
+        drawn = features(seed, 800, 12, shift=0.3)
+        moments = Moments.of(drawn)
+        d = frechet_distance(moments.mean, moments.covariance, real.mean, real.covariance)
+        low, high = frechet_interval(drawn, moments, real.mean, real.covariance)
+        found.append(d)
+        widths.append(high - low)
+        assert low < 0 < high
+
+    # 95 % of a normal distribution lie within 1.96 standard deviations; 60 draws know one to 9 %.
+    assert np.mean(widths) / (2 * 1.96) == pytest.approx(np.std(found), rel=0.3)
+
+
+def test_the_interval_is_the_one_of_resampling_with_a_matrix_root_each_time():
+    real, drawn = Moments.of(features(0, 3000, 8)), features(1, 1500, 8, shift=0.4)
+    rng, moments = np.random.default_rng(0), Moments.of(drawn)
+
+    low, high = frechet_interval(drawn, moments, real.mean, real.covariance)
+
+    resampled = []
+    for _ in range(400):
+        m = Moments.of(drawn[rng.integers(0, len(drawn), len(drawn))])
+        resampled.append(frechet_distance(m.mean, m.covariance, real.mean, real.covariance))
+    expected = np.quantile(resampled, 0.975) - np.quantile(resampled, 0.025)
+    assert high - low == pytest.approx(expected, rel=0.2)
+    # What it does not have is the bias of a resample, which holds fewer different images.
+    here = frechet_distance(moments.mean, moments.covariance, real.mean, real.covariance)
+    assert np.mean(resampled) > here
+
+
+@pytest.mark.parametrize("num", [2, 20])
+def test_the_interval_exists_when_the_covariance_is_singular(num: int):
+    real, drawn = Moments.of(features(0, 200, 32)), features(1, num, 32)
+
+    low, high = frechet_interval(drawn, Moments.of(drawn), real.mean, real.covariance)
+
+    assert np.isfinite([low, high]).all()
+    assert low <= 0 <= high
+
+
+def test_few_images_bias_the_frechet_distance_upwards():
+    real = features(0, 20_000, 32)
+
+    found = [distance(features(1, num, 32), real) for num in (20, 33, 100, 1000, 10_000)]
+
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 10 * found[-1]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.floats(0.1, 10), st.integers(2, 40))
+@settings(max_examples=40, deadline=None)
+def test_a_frechet_distance_is_symmetric_shifts_add_and_scales_square(
+    seed: int, width: int, scale: float, num: int
+):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(num, width)), rng.normal(size=(num + 3, width))
+    shift = rng.normal(size=width)
+
+    d = distance(a, b)
+
+    assert distance(b, a) == pytest.approx(d, abs=1e-6)
+    assert distance(scale * a, scale * b) == pytest.approx(scale**2 * d, rel=1e-6, abs=1e-6)
+    assert distance(a + shift, b + shift) == pytest.approx(d, abs=1e-6)
+    assert distance(a, a + shift) == pytest.approx(shift @ shift, rel=1e-6, abs=1e-6)
+    assert d > -1e-6
+
+
+@given(st.lists(st.floats(0.01, 50), min_size=1, max_size=5), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_frechet_distance_of_independent_features_is_a_sum_over_them(
+    variances: list[float], data: st.DataObject
+):
+    others = data.draw(st.lists(st.floats(0, 50), min_size=len(variances), max_size=len(variances)))
+    zero = np.zeros(len(variances))
+
+    found = frechet_distance(zero, np.diag(variances), zero, np.diag(others))
+
+    by_hand = sum((a**0.5 - b**0.5) ** 2 for a, b in zip(variances, others, strict=True))
+    assert found == pytest.approx(by_hand, abs=1e-6)
+
+
+@given(st.lists(st.lists(st.floats(-3, 3), min_size=2, max_size=2), min_size=2, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_the_kernel_distance_is_its_sum_over_pairs(rows: list[list[float]]):
+    x, y = np.array(rows), np.array(rows)[::-1] + 0.5
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return (a @ b / 2 + 1) ** 3
+
+    n, pairs = len(x), [(i, j) for i in range(len(x)) for j in range(len(x))]
+    within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (n * (n - 1))
+    across = sum(k(x[i], y[j]) for i, j in pairs) / n**2
+
+    # With subsets as large as the sets, every subset is the whole.
+    mean, std = kernel_distance(x, y, subsets=3)
+    assert mean == pytest.approx(within - 2 * across, rel=1e-9, abs=1e-9)
+    assert std == pytest.approx(0, abs=1e-9)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(4, 12), st.integers(4, 12), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_neighbourhoods_are_what_counting_every_pair_gives(seed: int, n: int, m: int, k: int):
+    rng = np.random.default_rng(seed)
+    drawn, real = (
+        rng.integers(0, 50, (n, 3)).astype(float),
+        rng.integers(0, 50, (m, 3)).astype(float),
+    )
+
+    def radius(points: np.ndarray, i: int) -> float:
+        return sorted(np.sum((points[i] - p) ** 2) for j, p in enumerate(points) if j != i)[k - 1]
+
+    inside_real = [
+        [np.sum((g - r) ** 2) <= radius(real, j) for j, r in enumerate(real)] for g in drawn
+    ]
+    inside_drawn = [
+        [np.sum((g - r) ** 2) <= radius(drawn, i) for i, g in enumerate(drawn)] for r in real
+    ]
+
+    # Whole numbers whose mean is one too, so that rounding cannot decide on a boundary.
+    found = neighbourhoods(drawn * n * m, real * n * m, (k,))[k]
+    assert found["precision"] == pytest.approx(np.mean([any(row) for row in inside_real]))
+    assert found["recall"] == pytest.approx(np.mean([any(row) for row in inside_drawn]))
+    assert found["density"] == pytest.approx(np.sum(inside_real) / (k * n))
+    assert found["coverage"] == pytest.approx(np.mean(np.any(inside_real, axis=0)))
+
+
+def test_distances_are_never_in_memory_as_a_whole():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(6000, 16)).astype(np.float32) for _ in range(2))
+
+    tracemalloc.start()
+    neighbourhoods(a, b, (3, 5))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    block = metrics.BLOCK * len(b) * 4
+    assert peak < 2.5 * block, peak / block  # the whole would be 5.9 blocks
+    # With 50,000 images of 2048 features: 0.82 GB of features and 2.5 blocks of 0.2 GB.
+
+
+def test_what_an_extractor_or_a_reference_lacks_is_absent_and_the_rest_is_there():
+    drawn, real = features(0, 60, 8), features(1, 50, 8)
+    logits, spatial = drawn[:, :4], drawn[:, 4:]
+    m, none = Moments.of(real), np.empty((60, 0), np.float32)
+    pooled = Statistics(m.mean, m.covariance)
+    n = Moments.of(real[:, 4:])
+
+    bare = all_metrics(drawn, none, none, Real(pooled))
+    full = all_metrics(drawn, logits, spatial, Real(pooled, Statistics(n.mean, n.covariance), real))
+
+    assert set(bare) == {"FD", "FD_low", "FD_high"}
+    assert bare["FD_low"] < bare["FD"] < bare["FD_high"]
+    assert full["sFD"] == pytest.approx(distance(spatial, real[:, 4:]))
+    kin = {
+        f"{name}_k{k}" for name in ("precision", "recall", "density", "coverage") for k in (3, 5)
+    }
+    assert set(full) == {*bare, "sFD", "IS", "IS_std", "KID", "KID_std", *kin}
 
 
 def test_scores_and_kernel_distances_agree_with_torch_fidelity():

@@ -1,0 +1,92 @@
+"""The model of an evaluation: artifacts and checkpoints give the same network and digest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jitmodel.config import ModelConfig
+from pipelines import checkpoints, export, storage
+from pipelines.config import ExportConfig, TrainConfig
+from pipelines.fit import LocalContext, fit
+from pipelines.models import find_model, load_model
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of four steps with two checkpoints and two EMAs."""
+    config = TrainConfig.model_validate(
+        {
+            "data": str(tiny_dataset),
+            "storage": str(tmp_path_factory.mktemp("runs")),
+            "name": "tiny",
+            "model": ModelConfig(
+                image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2,
+                bottleneck_dim=16, in_context_len=2, in_context_start=1, num_classes=10,
+            ),
+            "optimizer": {"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.9999)},
+            "loader": {"lanes": 4},
+            "sampler": {"steps": 7, "cfg_scale": 1.5},
+            "parallel": {"precision": "fp32"},
+            "global_batch": 16,
+            "total_images": 64,
+            "checkpoint_every_images": 32,
+            "grid_every_images": 0,
+        }
+    )  # fmt: skip
+    fit(config, LocalContext())
+    return storage.join(config.storage, config.name)
+
+
+@pytest.mark.parametrize("ema", [0.5, 0.9999, 0])
+def test_a_checkpoint_is_evaluated_as_the_artifact_that_it_would_be(
+    run_folder: str, tmp_path: Path, ema: float
+):
+    export.run(ExportConfig(source=run_folder, output=str(tmp_path), ema=ema))
+
+    checkpoint, artifact = find_model(run_folder, ema), find_model(str(tmp_path))
+
+    assert checkpoint.info.weights_sha256 == artifact.info.weights_sha256
+    assert checkpoint.info.model_copy(update={"versions": {}}) == artifact.info.model_copy(
+        update={"versions": {}}
+    )
+    z, t, y = torch.randn(2, 3, 28, 28), torch.tensor([0.2, 0.7]), torch.tensor([3, 10])
+    with torch.no_grad():
+        assert torch.equal(load_model(checkpoint)(z, t, y), load_model(artifact)(z, t, y))
+
+
+def test_a_run_folder_means_its_newest_checkpoint_and_the_papers_ema(run_folder: str):
+    newest = checkpoints.newest(run_folder)
+    assert newest is not None
+
+    found = find_model(run_folder)
+
+    assert found.uri == newest.uri
+    assert found.info.ema_decay == 0.9999
+    assert found.info.images_seen == 64
+    older = storage.join(run_folder, "checkpoints", "step_00000002")
+    assert find_model(older).info.images_seen == 32
+    assert find_model(older).info.weights_sha256 != found.info.weights_sha256
+
+
+def test_what_holds_no_such_model_is_named(run_folder: str, tmp_path: Path):
+    export.run(ExportConfig(source=run_folder, output=str(tmp_path / "artifact"), ema=0.5))
+
+    with pytest.raises(ValueError, match=r"has no EMA of decay 0.99: choose from 0.5, 0.9999"):
+        find_model(run_folder, 0.99)
+    with pytest.raises(ValueError, match=r"holds the EMA of decay 0.5, not of 0.9999"):
+        find_model(str(tmp_path / "artifact"), 0.9999)
+    with pytest.raises(FileNotFoundError, match=r"neither an artifact, which has config.json"):
+        find_model(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="there is no file or folder at"):
+        find_model(str(tmp_path / "absent"))
+
+
+def test_weights_that_change_after_the_plan_was_made_are_not_drawn_from(run_folder: str):
+    found = find_model(run_folder, 0.5)
+    changed = found._replace(info=found.info.model_copy(update={"ema_decay": 0.9999}))
+
+    with pytest.raises(ValueError, match=r"has changed: its weights had sha256"):
+        load_model(changed)
