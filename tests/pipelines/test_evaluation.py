@@ -1,0 +1,236 @@
+"""Chunks as a worker publishes them, without Ray: order, resizing, kept images, bad stores."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from jitmodel.artifact import ArtifactInfo, save_artifact
+from jitmodel.config import ClassInfo, ModelConfig, SamplerConfig
+from jitmodel.model import JiT
+from pipelines import evaluation, metrics, storage
+from pipelines.config import EvaluateConfig, KeepImages
+from pipelines.drawing import part_uri, pixels_sha256, read_part
+from pipelines.evaluation import Job, SampleWorker, missing_chunks, read_drawn
+from pipelines.features import get_extractor
+from pipelines.models import find_model
+from pipelines.reference import Reference
+from tests.pipelines.conftest import FaultyStore
+
+MODEL = ModelConfig(
+    image_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8,
+    in_context_len=2, in_context_start=1, num_classes=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "artifact"
+    model = JiT(MODEL)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    classes = tuple(ClassInfo(name=name) for name in ("cat", "dog", "fox", "owl"))
+    save_artifact(
+        folder,
+        model.state_dict(),
+        ArtifactInfo(model=MODEL, sampler=SamplerConfig(steps=2), classes=classes),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker() -> SampleWorker:
+    worker = SampleWorker("efflite0", "")
+    worker.start()
+    return worker
+
+
+def make_job(
+    artifact: Path, output: object, resize: int | None = None, keep_images: KeepImages = "none"
+) -> Job:
+    """24 images in 6 chunks of two batches of two."""
+    config = EvaluateConfig(num_images=24, batch=2, chunk_batches=2, precision="fp32")
+    source = find_model(str(artifact))
+    plan = evaluation.make_plan(config, source, get_extractor("efflite0").identity, resize)
+    return Job(source, plan, str(output), keep_images)
+
+
+def carry_out(job: Job, worker: SampleWorker, chunks: list[int] | None = None) -> None:
+    for chunk in missing_chunks(job) if chunks is None else chunks:
+        worker.run((job, chunk))
+
+
+def pixels_digest(images: list[np.ndarray]) -> str:
+    """What anybody can compute from exported images [H, W, 3], in the order of their names."""
+    channels_first = [image.transpose(2, 0, 1).tobytes() for image in images]
+    return pixels_sha256(hashlib.sha256(image).digest() for image in channels_first)
+
+
+def test_chunks_are_the_same_bytes_in_whatever_order_they_are_drawn(
+    artifact: Path, worker: SampleWorker, tmp_path: Path
+):
+    orders = [list(range(6)), list(range(5, -1, -1)), random.Random(0).sample(range(6), 6)]
+    jobs = [make_job(artifact, tmp_path / str(i)) for i in range(3)]
+
+    for job, order in zip(jobs, orders, strict=True):
+        carry_out(job, worker, order)
+
+    for chunk in range(6):
+        assert len({Path(part_uri(job.output, chunk)).read_bytes() for job in jobs}) == 1
+    assert len({read_drawn(job).pixels_sha256 for job in jobs}) == 1
+
+
+def test_a_part_tells_the_digest_of_its_pixels_and_all_parts_together_that_of_the_whole(
+    artifact: Path, worker: SampleWorker, tmp_path: Path
+):
+    job = make_job(artifact, tmp_path, keep_images="png")
+    carry_out(job, worker)
+
+    files = sorted((tmp_path / "images").iterdir())
+    images = [np.asarray(Image.open(file)) for file in files]
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(24)]
+    assert read_drawn(job).pixels_sha256 == pixels_digest(images)
+    told = pq.read_schema(part_uri(job.output, 2)).metadata[b"pixels_sha256"].decode()
+    assert told == pixels_digest(images[8:12])
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_resized_images_are_judged_and_kept_as_pillow_resizes_them(
+    artifact: Path, worker: SampleWorker, tmp_path: Path, size: int
+):
+    plain = make_job(artifact, tmp_path / "plain", keep_images="png")
+    job = make_job(artifact, tmp_path / "resized", resize=size, keep_images="png")
+
+    carry_out(plain, worker)
+    carry_out(job, worker)
+
+    found = read_drawn(job)
+    assert job.plan.image_size == size
+    extractor = get_extractor("efflite0")
+    for i in (0, 23):
+        drawn = Image.open(tmp_path / "plain" / "images" / f"{i:06d}.png")
+        expected = np.asarray(drawn.resize((size, size), Image.Resampling.BICUBIC))
+        kept = np.asarray(Image.open(tmp_path / "resized" / "images" / f"{i:06d}.png"))
+        assert (kept == expected).all()
+        again = extractor(torch.from_numpy(expected.transpose(2, 0, 1).copy())[None])
+        np.testing.assert_allclose(found.features[i], again.pooled[0], rtol=1e-4, atol=1e-4)
+    assert found.pixels_sha256 != read_drawn(plain).pixels_sha256
+
+
+def test_kept_images_are_the_same_in_every_form(
+    artifact: Path, worker: SampleWorker, tmp_path: Path
+):
+    jobs = {
+        form: make_job(artifact, tmp_path / form, keep_images=form)
+        for form in ("png", "tar", "parquet")
+    }
+    for job in jobs.values():
+        carry_out(job, worker)
+    pngs = [path.read_bytes() for path in sorted((tmp_path / "png" / "images").iterdir())]
+
+    tarred, labels, rows = [], [], []
+    for path in sorted((tmp_path / "tar" / "images").iterdir()):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                (tarred if member.name.endswith(".png") else labels).append(content.read())
+                assert member.mtime == 0  # or its bytes would differ from run to run
+    for path in sorted((tmp_path / "parquet" / "images").iterdir()):
+        rows += pq.read_table(path).to_pylist()
+
+    assert tarred == pngs
+    assert [int(label) for label in labels] == [i % 4 for i in range(24)]
+    assert [row["image"]["bytes"] for row in rows] == pngs
+    assert [(row["label"], row["id"]) for row in rows] == [(i % 4, i) for i in range(24)]
+
+
+@pytest.mark.parametrize("form", ["png", "tar", "parquet"])
+def test_images_that_were_lost_are_drawn_again_and_no_others(
+    artifact: Path, worker: SampleWorker, tmp_path: Path, form: KeepImages
+):
+    job = make_job(artifact, tmp_path, keep_images=form)
+    carry_out(job, worker)
+    assert missing_chunks(job) == []
+
+    victim = sorted((tmp_path / "images").iterdir())[-1]
+    content = victim.read_bytes()
+    victim.unlink()
+
+    assert missing_chunks(job) == [5]
+    carry_out(job, worker)
+    assert victim.read_bytes() == content
+
+
+def test_a_worker_takes_up_jobs_of_different_plans_in_turn(
+    artifact: Path, worker: SampleWorker, tmp_path: Path
+):
+    first = make_job(artifact, tmp_path / "a")
+    guided = first.plan.sampler.model_copy(update={"cfg_scale": 1.5})
+    second = first._replace(
+        plan=first.plan.model_copy(update={"sampler": guided}), output=str(tmp_path / "b")
+    )
+
+    for item in ((first, 0), (second, 0), (first, 1)):
+        worker.run(item)
+
+    a, b = (read_part(part_uri(job.output, 0), job.plan, 0) for job in (first, second))
+    assert a is not None
+    assert b is not None
+    assert a.sha256 != b.sha256
+    assert read_part(part_uri(first.output, 0), second.plan, 0) is None  # of another plan
+
+
+def test_a_store_that_refuses_us_is_no_reason_to_draw_again(
+    artifact: Path,
+    worker: SampleWorker,
+    faulty_store: FaultyStore,
+    faulty_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for name, value in faulty_environment.items():
+        monkeypatch.setenv(name, value)
+    job = make_job(artifact, "s3://bucket/refused")
+    worker.run((job, 0))  # a quarter of the requests fail, and are made again
+    assert read_part(part_uri(job.output, 0), job.plan, 0) is not None
+
+    faulty_store.code_after = (0, "ExpiredToken")
+
+    with pytest.raises(PermissionError, match=r"s3://bucket/refused.* have expired .*: renew them"):
+        missing_chunks(job)
+
+
+def test_what_a_reader_must_know_is_said(artifact: Path, worker: SampleWorker, tmp_path: Path):
+    job = make_job(artifact, tmp_path)
+    carry_out(job, worker)
+    drawn, extractor = read_drawn(job), get_extractor("efflite0").identity
+    real = metrics.Real(metrics.Statistics(np.zeros(1280), np.eye(1280)))
+
+    said = evaluation.warnings(drawn, Reference(None, "0", None, real), extractor)
+    counted = evaluation.warnings(drawn, Reference(None, "0", 1000, real), extractor)
+
+    assert "24 drawn images in 1280 dimensions: the covariance is singular" in said[0]
+    assert "FD-efflite0 is biased upwards" in said[0]
+    assert "taken on trust" in said[1]
+    assert "no KID, precision" in said[2]
+    assert "1000 reference images in 1280 dimensions" in counted[1]
+    found = evaluation.judge(drawn, Reference(None, "0", None, real), extractor)
+    assert set(found) == {
+        "FD-efflite0", "FD-efflite0_low", "FD-efflite0_high", "IS-efflite0", "IS-efflite0_std"
+    }  # fmt: skip
+
+
+def test_pages_of_missing_parts_cannot_be_judged(artifact: Path, tmp_path: Path):
+    job = make_job(artifact, tmp_path)
+
+    with pytest.raises(evaluation.StageFailed, match=r"part-00000.parquet cannot be read back"):
+        read_drawn(job)
+    assert storage.list_files(str(tmp_path)) == []
