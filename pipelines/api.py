@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_args
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -33,13 +33,23 @@ from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
 from pipelines.engine import DeadlineExceeded, Drawn, Engine, EngineFailed, QueueFull
 from pipelines.front import ApiError, ErrorAnswer
-from pipelines.generation import BadRequest, ImageRequest, ImagesAnswer, Plan
+from pipelines.generation import (
+    BadRequest,
+    ImageRequest,
+    ImagesAnswer,
+    OutputFormat,
+    Plan,
+    Redraw,
+    Timings,
+)
 from pipelines.guard import Guard, Key, api_error, read_json
 from pipelines.telemetry import CLIENT_LEFT, Recorder, Report, RequestRecord, record_of
 
 GRACE_S = 5.0
 """The engine keeps deadlines itself; this much later the request fails even if a tick hangs."""
-IMAGES = "/v1/images/generations"
+IMAGES, REDRAW = "/v1/images/generations", "/v1/images/redraw"
+KEPT_BYTES = 64 * 2**20
+"""Of files that answers link to; what is older is drawn again when somebody asks for it."""
 PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
@@ -133,6 +143,21 @@ class Service:
         )
 
 
+class Kept:
+    """The newest files that answers link to, by the query of the link."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.bytes = 0
+
+    def put(self, query: str, file: bytes) -> None:
+        """Keeps a file, and lets the oldest go."""
+        self.bytes += len(file) - len(self.files.pop(query, b""))
+        self.files[query] = file
+        while self.bytes > KEPT_BYTES:
+            self.bytes -= len(self.files.pop(next(iter(self.files))))
+
+
 class Live:
     """What is served now; a request takes it once and keeps it to its end."""
 
@@ -140,6 +165,7 @@ class Live:
         self.current = service
         self.refused: str | None = None
         """Why the last successor was refused."""
+        self.kept = Kept()
 
     @property
     def service(self) -> Service:
@@ -186,55 +212,64 @@ class Requested:
             raise DeadlineExceeded("the engine does not answer") from None
         self.news.clear()
 
-    async def answer(self) -> ImagesAnswer:
-        """The whole answer."""
+    async def files(self) -> list[bytes]:
+        """The encoded images."""
         while not self.future.done():
             await self.wait()
         drawn = self.future.result()
         began = time.monotonic()
-        data = await asyncio.to_thread(
-            generation.images,
-            self.plan,
-            drawn.images,
-            self.service.model,
-            self.service.info,
-            self.service.classes,
+        service = self.service
+        files = await asyncio.to_thread(
+            generation.files, self.plan, drawn.images, service.model, service.info, service.classes
         )
-        encoding_s = time.monotonic() - began
         self.record.queued_s = round(drawn.queued_s, 6)
         self.record.drawing_s = round(drawn.drawing_s, 6)
-        self.record.encoding_s = round(encoding_s, 6)
+        self.record.encoding_s = round(time.monotonic() - began, 6)
+        return files
+
+    async def answer(self, kept: Kept, url: str) -> ImagesAnswer:
+        """The whole answer; `url` is where its links begin, and what they lead to is kept."""
+        files, plan, service = await self.files(), self.plan, self.service
+        if plan.linked:
+            queries = [generation.query(plan, k, service.info) for k in range(len(files))]
+            for query, file in zip(queries, files, strict=True):
+                kept.put(query, file)
+            shown = [{"url": f"{url}?{query}"} for query in queries]
+        else:
+            texts = await asyncio.to_thread(lambda: [generation.base64_of(file) for file in files])
+            shown = [{"b64_json": text} for text in texts]
         return generation.answer(
-            self.plan,
-            drawn,
-            data,
+            plan,
+            shown,
             created=int(time.time()),
-            encoding_s=encoding_s,
-            model=self.service.model,
-            info=self.service.info,
+            timings=Timings(**{name: getattr(self.record, name) for name in Timings.model_fields}),
+            model=service.model,
+            info=service.info,
+            classes=service.classes,
         )
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self, kept: Kept) -> AsyncIterator[str]:
         """Server-sent events: previews as they come, each finished image, or an error."""
         try:
             while not self.future.done():
                 await self.wait()
                 newest, self.previews = self.previews, {}
                 for position, (step, x) in sorted(newest.items()):
-                    encoded = await asyncio.to_thread(generation.preview, x, self.plan)
+                    file = await asyncio.to_thread(generation.picture, x, self.plan, {})
                     number = self.plan.preview_steps.index(step)
                     yield self._event(
                         "partial_image",
-                        b64_json=encoded,
+                        b64_json=generation.base64_of(file),
                         partial_image_index=number,
                         image_index=position,
                         step=step,
                     )
-            answer = await self.answer()
+            answer = await self.answer(kept, "")
             shared = answer.model_dump(mode="json", exclude={"data", "created"})
             for position, image in enumerate(answer.data):
                 yield self._event(
-                    "completed", **{**shared, **image.model_dump(), "image_index": position}
+                    "completed",
+                    **{**shared, **image.model_dump(exclude_none=True), "image_index": position},
                 )
         except Exception as error:
             told = api_error(error)
@@ -244,7 +279,7 @@ class Requested:
             self.future.cancel()
 
     def _event(self, kind: str, **fields: Any) -> str:
-        side = self.service.info.model.image_size
+        side = self.plan.side
         name = f"image_generation.{kind}"
         content = {
             "type": name,
@@ -275,16 +310,56 @@ async def draw(live: Live, request: Request) -> Response:
     requested = Requested(service, plan, record_of(request.scope))
     if plan.stream:
         return StreamingResponse(
-            requested.events(),
+            requested.events(live.kept),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-    answer, gone = asyncio.ensure_future(requested.answer()), asyncio.ensure_future(left(request))
+    url = str(request.base_url.replace(path=REDRAW))
+    answer = await unless_left(request, requested, requested.answer(live.kept, url))
+    if answer is None:
+        return Response(status_code=CLIENT_LEFT)
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+async def redraw(live: Live, request: Request, link: Redraw) -> Response:
+    """Answers with the file behind a link: kept from the answer that held it, or drawn again."""
+    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise ApiError(403, "a page of another origin may not follow a link", code="cross_origin")
+    file = live.kept.files.get(request.url.query)
+    if file is None:
+        service = live.service
+        if link.artifact_sha256 != service.info.weights_sha256:
+            raise ApiError(
+                404,
+                f"the image was drawn with weights {link.artifact_sha256[:12]!r}, which are no "
+                f"longer served: now it is {service.info.weights_sha256[:12]}",
+                param="artifact_sha256",
+                code="artifact_not_served",
+            )
+        plan = generation.plan(link.request, service.config, service.info, service.classes)
+        requested = Requested(service, plan, record_of(request.scope))
+        files = await unless_left(request, requested, requested.files())
+        if files is None:
+            return Response(status_code=CLIENT_LEFT)
+        (file,) = files
+    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+    return Response(file, media_type=f"image/{link.output_format}", headers=headers)
+
+
+T = TypeVar("T")
+
+
+async def unless_left(
+    request: Request, requested: Requested, work: Coroutine[Any, Any, T]
+) -> T | None:
+    """What the work for a request comes to; None if the client leaves before, and slots are free.
+
+    The body must have been read.
+    """
+    answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(left(request))
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            return Response(status_code=CLIENT_LEFT)
-        return Response(answer.result().model_dump_json(), media_type="application/json")
+        return answer.result() if answer.done() else None
     finally:  # also when this very request is cancelled, which is how Ray Serve says it
         requested.future.cancel()
         answer.cancel()
@@ -305,7 +380,8 @@ def unknown_model(service: Service, name: str) -> ApiError:
 def create_app(live: Live, report: Report | None = None) -> FastAPI:
     """The application over a started engine; `report` hears of every request when it is over."""
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 415, 422, 429, 503, 504)
+        status: {"model": ErrorAnswer}
+        for status in (400, 401, 403, 404, 413, 415, 422, 429, 503, 504)
     }
     app = FastAPI(title="JiT on Ray", version="1", docs_url=None, redoc_url=None, responses=errors)
     app.add_middleware(Guard, keys=lambda: live.service.keys)
@@ -353,6 +429,13 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
         """Draw images of a class."""
         return await draw(live, request)
 
+    pictures: dict[str, Any] = {f"image/{kind}": {} for kind in get_args(OutputFormat)}
+
+    @app.get(REDRAW, response_class=Response, responses={200: {"content": pictures}})
+    async def redrawn(request: Request, link: Annotated[Redraw, Query()]) -> Response:
+        """The image behind a url of an answer."""
+        return await redraw(live, request, link)
+
     @app.get("/v1/models")
     async def models() -> ModelList:
         """The model that is served."""
@@ -390,7 +473,10 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
         """Whether the engine draws. The server listens only once it is warm, so both are one."""
         if not live.service.engine.healthy:
             raise EngineFailed("the engine does not draw: see the server's log")
-        return Health(artifact_sha256=live.service.info.weights_sha256, refused=live.refused)
+        refused = live.refused
+        if refused is not None and live.service.keys:  # this route needs none
+            refused = "the server's log says why an artifact was refused"
+        return Health(artifact_sha256=live.service.info.weights_sha256, refused=refused)
 
     describe = app.openapi
 

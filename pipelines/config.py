@@ -313,6 +313,9 @@ class ServeConfig(StageConfig):
     """Largest n of one request."""
     max_steps: PositiveInt = 250
     """Largest number of sampling steps of one request."""
+    resize: bool = False
+    """Resize images to the square that a request asks for, up to 1024 pixels; by default only the
+    model's own size is drawn, and others are refused."""
     timeout_s: PositiveFloat = 120.0
     """Deadline of a request."""
     precision: Literal["fp32", "bf16"] = "bf16"

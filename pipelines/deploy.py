@@ -44,7 +44,9 @@ from pipelines.serve import (
 
 logger = logging.getLogger(__name__)
 
-OF_A_REPLICA = {"slots", "max_queue", "max_images", "max_steps", "timeout_s", "precision", "cpus"}
+OF_A_REPLICA = {
+    "slots", "max_queue", "max_images", "max_steps", "resize", "timeout_s", "precision", "cpus",
+}  # fmt: skip
 """Fields of the config that a replica cannot change while it runs."""
 ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "0", PROXY_CALLBACK[0]: PROXY_CALLBACK[1]}
 POLL_S = 1.0

@@ -12,9 +12,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Literal
+from urllib.parse import urlencode
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -26,11 +28,13 @@ from jitmodel.config import Config, SamplerConfig
 from jitmodel.pixels import to_pixels
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
-from pipelines.engine import Drawing, Drawn
+from pipelines.engine import Drawing
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 SEED_LIMIT = 2**63
 RANDOM_SEEDS = 2**32  # seeds that we pick: any JSON reader keeps them exact
+MAX_SIDE = 1024
+"""Pixels; largest size that images are resized to."""
 
 
 class BadRequest(ValueError):
@@ -53,9 +57,9 @@ class ImageRequest(Config):
     n: int | None = Field(None, ge=1)
     """Number of images; 1, or the number of class_labels."""
     size: str | None = Field(None, max_length=20)
-    """"auto", or the model's own size, such as "256x256"."""
+    """"auto", the model's own size, such as "256x256", or another square if the server resizes."""
     response_format: Literal["b64_json", "url"] | None = None
-    """Only b64_json: the server keeps no images."""
+    """The images themselves, which is the default, or links to them."""
     output_format: OutputFormat | None = None
     """Format of the images; png by default, the only one with metadata."""
     output_compression: int | None = Field(None, ge=0, le=100)
@@ -99,8 +103,12 @@ class Plan(Config):
     seed: int
     index: int
     sampler: SamplerConfig
+    side: int
+    """Pixels of the files; the network draws in its own size."""
     output_format: OutputFormat
     quality: int
+    linked: bool
+    """Whether the answer holds links instead of images."""
     stream: bool
     preview_steps: tuple[int, ...]
 
@@ -116,8 +124,10 @@ class Plan(Config):
 class ImageAnswer(Config):
     """One image, and what draws it again."""
 
-    b64_json: str
+    b64_json: str | None = None
     """The encoded image in base64."""
+    url: str | None = None
+    """Where it is, if links were asked for."""
     seed: int
     """Its seed."""
     index: int
@@ -156,9 +166,38 @@ class ImagesAnswer(Config):
     """Name of the model."""
     artifact_sha256: str
     """Digest of its weights."""
+    seed: int
+    """Seed of all images."""
     sampler: SamplerConfig
     """How the images were drawn."""
     timings: Timings
+
+
+class Redraw(Config):
+    """Query of `GET /v1/images/redraw`: all that makes one image, so that nobody must keep it."""
+
+    artifact_sha256: str
+    """Digest of the weights that drew it."""
+    class_labels: int
+    seed: int
+    index: int
+    num_inference_steps: int
+    solver: str
+    guidance_scale: float
+    guidance_interval: list[float]
+    """Given twice: its beginning and its end."""
+    size: str
+    output_format: str
+    output_compression: int
+
+    @property
+    def request(self) -> ImageRequest:
+        """The request that draws it again.
+
+        Raises:
+            BadRequest: as `parse`.
+        """
+        return parse(json.dumps(self.model_dump(exclude={"artifact_sha256"})).encode())
 
 
 def parse(body: bytes) -> ImageRequest:
@@ -215,16 +254,11 @@ def plan(
             "0 <= first < second <= 1",
             "guidance_interval",
         )
-    side = info.model.image_size
-    if request.size not in (None, "auto", f"{side}x{side}"):
+    linked = request.response_format == "url"
+    if linked and request.stream:
         raise BadRequest(
-            f"size is {request.size!r}: this model draws {side}x{side}; leave size out, or "
-            'say "auto"',
-            "size",
-        )
-    if request.response_format == "url":
-        raise BadRequest(
-            "response_format is 'url': this server keeps no images; ask for 'b64_json'",
+            "response_format is 'url': a stream carries the images themselves; leave it out, "
+            "or stream",
             "response_format",
         )
     if request.background == "transparent":
@@ -243,11 +277,32 @@ def plan(
             cfg_scale=info.sampler.cfg_scale if scale is None else scale,
             cfg_interval=(low, high),
         ),
+        side=_side(request.size, info.model.image_size, resize=config.resize),
+        linked=linked,
         output_format=request.output_format or "png",
         quality=100 if request.output_compression is None else request.output_compression,
         stream=bool(request.stream),
         preview_steps=tuple(k * steps // previews for k in range(previews)),
     )
+
+
+def _side(size: str | None, own: int, *, resize: bool) -> int:
+    """Pixels of a file's side, for an image of `own` pixels."""
+    if size in (None, "auto", f"{own}x{own}"):
+        return own
+    if not resize:
+        raise BadRequest(
+            f'size is {size!r}: this model draws {own}x{own}; leave size out, or say "auto"',
+            "size",
+        )
+    sides = re.fullmatch(r"([1-9][0-9]{0,3})x\1", size or "", re.ASCII)
+    if sides is None or int(sides[1]) > MAX_SIDE:
+        raise BadRequest(
+            f"size is {size!r}: this server draws {own}x{own} and resizes it to squares up to "
+            f"{MAX_SIDE}x{MAX_SIDE}",
+            "size",
+        )
+    return int(sides[1])
 
 
 def _labels(request: ImageRequest, config: ServeConfig, classes: ClassIndex) -> list[int]:
@@ -290,81 +345,106 @@ def _labels(request: ImageRequest, config: ServeConfig, classes: ClassIndex) -> 
     return labels
 
 
-def picture(x: Tensor, output_format: OutputFormat, quality: int, metadata: dict[str, str]) -> str:
-    """An encoded image in base64.
+def picture(x: Tensor, plan: Plan, metadata: dict[str, str]) -> bytes:
+    """An encoded image, in the format, quality (webp is lossless at 100) and size of the plan.
 
     Args:
         x: image in -1..1, [C, H, W].
-        output_format: png carries `metadata` as text chunks, the others drop it.
-        quality: 0 to 100, of jpeg and webp; webp is lossless at 100.
-        metadata: texts by keyword.
+        plan: says how.
+        metadata: texts by keyword; png carries them as text chunks, the others drop them.
     """
     pixels = to_pixels(x).permute(1, 2, 0).numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if len(x) == 1 else pixels))
-    file = io.BytesIO()
-    if output_format == "png":
+    if image.width != plan.side:
+        image = image.resize((plan.side, plan.side), Image.Resampling.LANCZOS)
+    file, quality = io.BytesIO(), plan.quality
+    if plan.output_format == "png":
         texts = PngImagePlugin.PngInfo()
         for keyword, text in metadata.items():
             texts.add_text(keyword, text)
         image.save(file, "png", pnginfo=texts)
-    elif output_format == "webp":
+    elif plan.output_format == "webp":
         image.save(file, "webp", quality=quality, lossless=quality == 100)
     else:
         image.save(file, "jpeg", quality=quality, subsampling=0)
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
-def images(
+def files(
     plan: Plan, drawn: Sequence[Tensor], model: str, info: ArtifactInfo, classes: ClassIndex
-) -> list[ImageAnswer]:
-    """The data of an answer: every image encoded, with what draws it again."""
-    answers = []
+) -> list[bytes]:
+    """Every image encoded; a PNG with what draws it again."""
+    encoded = []
     for k, (label, x) in enumerate(zip(plan.labels, drawn, strict=True)):
-        again = {"seed": plan.seed, "index": plan.index + k, "class_label": label}
-        name = classes.infos[label].name
         settings = {
-            **again,
-            "class_name": name,
+            "seed": plan.seed,
+            "index": plan.index + k,
+            "class_label": label,
+            "class_name": classes.infos[label].name,
             "model": model,
             "artifact_sha256": info.weights_sha256,
             "num_inference_steps": plan.sampler.steps,
             "solver": plan.sampler.solver,
             "guidance_scale": plan.sampler.cfg_scale,
             "guidance_interval": plan.sampler.cfg_interval,
+            "size": f"{plan.side}x{plan.side}",
         }
         metadata = {"Software": "JiT on Ray", "jit": json.dumps(settings)}
-        encoded = picture(x, plan.output_format, plan.quality, metadata)
-        answers.append(ImageAnswer(b64_json=encoded, class_name=name, **again))
-    return answers
+        encoded.append(picture(x, plan, metadata))
+    return encoded
 
 
-def preview(pixels_x: Tensor, plan: Plan) -> str:
-    """A clean preview, encoded as the final image will be."""
-    return picture(pixels_x, plan.output_format, plan.quality, {})
+def base64_of(file: bytes) -> str:
+    """A file as JSON carries it."""
+    return base64.b64encode(file).decode()
+
+
+def query(plan: Plan, k: int, info: ArtifactInfo) -> str:
+    """What a link to image k of a plan says after its question mark, a `Redraw`."""
+    link = Redraw(
+        artifact_sha256=info.weights_sha256,
+        class_labels=plan.labels[k],
+        seed=plan.seed,
+        index=plan.index + k,
+        num_inference_steps=plan.sampler.steps,
+        solver=plan.sampler.solver,
+        guidance_scale=plan.sampler.cfg_scale,
+        guidance_interval=list(plan.sampler.cfg_interval),
+        size=f"{plan.side}x{plan.side}",
+        output_format=plan.output_format,
+        output_compression=plan.quality,
+    )
+    return urlencode(link.model_dump(), doseq=True)
 
 
 def answer(
     plan: Plan,
-    drawn: Drawn,
-    data: list[ImageAnswer],
+    shown: Sequence[dict[str, str]],
     *,
     created: int,
-    encoding_s: float,
+    timings: Timings,
     model: str,
     info: ArtifactInfo,
+    classes: ClassIndex,
 ) -> ImagesAnswer:
-    """The whole answer of a request that was not streamed."""
+    """The whole answer of a request; `shown` holds what shows each image, b64_json or url."""
     return ImagesAnswer(
         created=created,
-        data=data,
+        data=[
+            ImageAnswer(
+                **how,
+                seed=plan.seed,
+                index=plan.index + k,
+                class_label=label,
+                class_name=classes.infos[label].name,
+            )
+            for k, (label, how) in enumerate(zip(plan.labels, shown, strict=True))
+        ],
         output_format=plan.output_format,
-        size=f"{info.model.image_size}x{info.model.image_size}",
+        size=f"{plan.side}x{plan.side}",
         model=model,
         artifact_sha256=info.weights_sha256,
+        seed=plan.seed,
         sampler=plan.sampler,
-        timings=Timings(
-            queued_s=round(drawn.queued_s, 6),
-            drawing_s=round(drawn.drawing_s, 6),
-            encoding_s=round(encoding_s, 6),
-        ),
+        timings=timings,
     )

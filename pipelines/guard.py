@@ -5,7 +5,8 @@ object, 401 a missing or wrong key, 404 an unknown route or model, 408 a body th
 413 one that is too large, 415 one that does not say it is JSON, 422 a parameter that cannot be met
 (`param` names it), 429 with Retry-After a full queue or a key's share, 503 a failure of the engine,
 504 a passed deadline.
-POST needs `Content-Type: application/json`, so that no page of another origin can send one.
+POST needs `Content-Type: application/json`, and a link is not followed for a page of another
+origin (403), so that no such page can make a browser spend the server's time.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pipelines.telemetry import OPEN_ROUTES, record_of
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "JIT_API_KEY"
+DRAWING_ROUTES = "/v1/images/"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Guard:
             record.code = error.detail.code
             return await error.response()(scope, receive, send)
         record.key = given[:8]
-        if scope["method"] != "POST":
+        if not scope["path"].startswith(DRAWING_ROUTES):
             return await self.app(scope, receive, send)
         if self.in_work[given] >= known[0].concurrent:
             error = ApiError(

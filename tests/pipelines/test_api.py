@@ -186,6 +186,64 @@ def test_images_come_in_the_format_that_was_asked_for(client: TestClient, output
     assert answer["output_format"] == output_format
 
 
+def test_a_link_leads_to_the_image_also_when_the_server_kept_nothing(
+    client: TestClient, service: Service, artifact: Path
+):
+    asked = {"class_labels": [3, 0], "seed": 7, "num_inference_steps": 9, "guidance_scale": 1.7}
+    whole = client.post(PATH, json=asked).json()["data"]
+    linked = client.post(PATH, json={**asked, "response_format": "url"}).json()
+
+    assert "b64_json" not in linked["data"][0]
+    assert [image["seed"] for image in linked["data"]] == [7, 7]
+    forgetful = TestClient(create_app(Live(service)))  # the same weights in another process
+    for image, expected in zip(linked["data"], whole, strict=True):
+        kept, again = client.get(image["url"]), forgetful.get(image["url"])
+        assert kept.content == base64.b64decode(expected["b64_json"])
+        assert kept.headers["content-type"] == again.headers["content-type"] == "image/png"
+        pixels = [np.asarray(Image.open(io.BytesIO(a.content))).astype(int) for a in (kept, again)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1  # alone in the batch, it may round so
+
+    url = linked["data"][0]["url"]
+
+    def refused(url: str, **headers: str) -> tuple[int, str]:
+        answer = client.get(url, headers=headers)
+        return answer.status_code, answer.json()["error"]["code"]
+
+    digest = read_info(artifact).weights_sha256
+    assert refused(url.replace(digest, "0" * 64)) == (404, "artifact_not_served")
+    assert refused(url.replace("class_labels=3", "class_labels=4")) == (422, "invalid_value")
+    assert refused(url.replace("=1.7", "=nan")) == (422, "invalid_value")
+    assert refused(url.replace("seed=7&", "")) == (422, "invalid_value")
+    assert refused(url, **{"Sec-Fetch-Site": "cross-site"}) == (403, "cross_origin")
+
+
+def test_no_more_bytes_are_kept_for_links_than_the_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(api, "KEPT_BYTES", 100)
+    kept = api.Kept()
+
+    for query in "abcb":
+        kept.put(query, query.encode() * 40)
+
+    assert list(kept.files) == ["c", "b"]
+    assert kept.bytes == 80
+
+
+def test_a_server_that_resizes_makes_squares_of_the_size_that_was_asked_for(artifact: Path):
+    with served(artifact, resize=True) as service:
+        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        for size, side in (("64x64", 64), ("4x4", 4), ("8x8", 8), ("auto", 8)):
+            answer = client.post(PATH, json={"prompt": "0", "size": size, "seed": 1}).json()
+            assert pixels_of(answer["data"][0]["b64_json"]).shape == (side, side, 3)
+            assert answer["size"] == f"{side}x{side}"
+        stream = client.post(PATH, json={"prompt": "0", "size": "64x64", "stream": True}).text
+        events = [json.loads(e.partition("data: ")[2]) for e in stream.strip().split("\n\n")]
+        assert {pixels_of(event["b64_json"]).shape for event in events} == {(64, 64, 3)}
+        for size in ("64x32", "2048x2048", "0x0", "08x08", "-8x-8", "8x8x8", "٨x٨", "8 x 8"):
+            answer = client.post(PATH, json={"prompt": "0", "size": size})
+            assert answer.status_code == 422, size
+            assert "resizes it to squares up to 1024x1024" in answer.json()["error"]["message"]
+
+
 BAD = [
     ({"prompt": "tenhc"}, "prompt", 'did you mean "class:0" (tench, Tinca tinca)?'),
     ({"prompt": "crane"}, "prompt", '"class:1" (crane) or "class:2" (crane)'),
@@ -219,7 +277,8 @@ BAD = [
     ({"prompt": "tench", "solver": "ddim"}, "solver", "it should be 'heun' or 'euler'"),
     ({"prompt": "tench", "size": "16x16"}, "size", "this model draws 8x8; leave size out"),
     ({"prompt": "tench", "size": "abc"}, "size", "size is 'abc'"),
-    ({"prompt": "tench", "response_format": "url"}, "response_format", "ask for 'b64_json'"),
+    ({"prompt": "0", "response_format": "url", "stream": True}, "response_format", "a stream car"),
+    ({"prompt": "0", "response_format": "file"}, "response_format", "'b64_json' or 'url'"),
     ({"prompt": "tench", "output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
     ({"prompt": "tench", "background": "transparent"}, "background", "images are opaque"),
     ({"prompt": "tench", "": 5}, "", "unknown parameter '': known are prompt"),
@@ -534,7 +593,7 @@ def test_the_api_keeps_what_its_document_promises(service: Service):
         response_schema_conformance,
     ]
     operations = [operation.ok() for operation in schema.get_all_operations()]
-    assert len(operations) == 6
+    assert len(operations) == 7
     for operation in operations:
         good = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
         bad = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)

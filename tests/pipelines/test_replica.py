@@ -102,6 +102,14 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
             await server.reconfigure({"model": str(tmp_path / "good")})
             await settled(server)
             assert (await client.get("/readyz")).json()["refused"] is None
+
+            keys = [[16 * "abcd", 3]]  # health needs none of them, and tells no path
+            for folder in ("good", "bad"):
+                await server.reconfigure({"model": str(tmp_path / folder), "keys": keys})
+                await settled(server)
+            health = (await client.get("/readyz")).json()
+            assert "log says why" in health["refused"]
+            assert str(tmp_path) not in str(health)
         server.check_health()
         server.live.service.engine.close()
         with pytest.raises(RuntimeError, match="the engine does not draw"):
