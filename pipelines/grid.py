@@ -1,0 +1,164 @@
+"""The cells of a sweep, and in which order they are computed. No Ray, no images.
+
+A cell is one way to draw: an EMA and a sampler. Cells that differ in the guidance scale only lie on
+one line. Settings that send the same images through the network at the same times - any interval
+at scale 1, or two intervals with no time between their ends - are one cell, not two.
+
+The exhaustive search computes every cell. The refined one computes each line coarsely, then halves
+the gaps on both sides of the line's best cell until its neighbours are known. It ends in a local
+minimum of the line. Where the metric falls and then rises along a line, that is the line's
+minimum, so both searches find the same winner; elsewhere only the exhaustive one is sure to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from jitmodel.config import SamplerConfig
+from jitmodel.sampler import guidance_acts, times
+
+Search = Literal["exhaustive", "refined"]
+Interval = tuple[float, float]
+
+COARSE_GAPS = 3
+"""Least number of gaps between the cells that the refined search computes first on a line."""
+
+
+class Cell(NamedTuple):
+    """One way to draw."""
+
+    ema: float
+    sampler: SamplerConfig
+
+    @property
+    def name(self) -> str:
+        """What tells the cell from the others, fit for a folder."""
+        s = self.sampler
+        interval = "" if s.cfg_scale == 1 else "-in{:g}to{:g}".format(*s.cfg_interval)
+        return f"ema{self.ema:g}-{s.solver}{s.steps}-cfg{s.cfg_scale:g}{interval}"
+
+
+class Line(NamedTuple):
+    """Cells that differ in the guidance scale only, by ascending scale."""
+
+    ema: float
+    solver: str
+    steps: int
+    interval: Interval
+    cells: tuple[Cell, ...]
+
+
+def make_lines(
+    emas: Iterable[float],
+    solvers: Iterable[Literal["heun", "euler"]],
+    steps: Iterable[int],
+    intervals: Sequence[Interval],
+    scales: Iterable[float],
+) -> list[Line]:
+    """Every combination; settings that draw the same images share one cell.
+
+    Raises:
+        ValueError: a value is none that a sampler can have.
+    """
+    scales = sorted(set(scales))
+    lines = []
+    for solver, number in itertools.product(dict.fromkeys(solvers), dict.fromkeys(steps)):
+        known: dict[tuple[float, tuple[bool, ...]], SamplerConfig] = {}
+        samplers = {
+            interval: [
+                _same(
+                    SamplerConfig(
+                        steps=number, solver=solver, cfg_scale=scale, cfg_interval=interval
+                    ),
+                    known,
+                )
+                for scale in scales
+            ]
+            for interval in intervals
+        }
+        for ema, (interval, row) in itertools.product(dict.fromkeys(emas), samplers.items()):
+            lines.append(Line(ema, solver, number, interval, tuple(Cell(ema, s) for s in row)))
+    return lines
+
+
+def _same(
+    sampler: SamplerConfig, known: dict[tuple[float, tuple[bool, ...]], SamplerConfig]
+) -> SamplerConfig:
+    """The first sampler that guides equally at the same times; this one, if it is the first."""
+    grid = times(sampler.steps)[:-1]
+    low, high = (torch.tensor(end) for end in sampler.cfg_interval)
+    acts = tuple(guidance_acts(grid, torch.tensor(sampler.cfg_scale), low, high).tolist())
+    if not any(acts):
+        sampler = sampler.model_copy(update={"cfg_scale": 1.0, "cfg_interval": (0.0, 1.0)})
+    return known.setdefault((sampler.cfg_scale, acts), sampler)
+
+
+def all_cells(lines: Iterable[Line]) -> list[Cell]:
+    """Each cell once, in order."""
+    return list(dict.fromkeys(cell for line in lines for cell in line.cells))
+
+
+def next_cells(lines: Iterable[Line], values: Mapping[Cell, float], search: Search) -> list[Cell]:
+    """Cells to compute next; none when the search is over.
+
+    Args:
+        lines: the grid.
+        values: what is minimised, of the cells that have been computed.
+        search: whether to compute all cells.
+    """
+    if search == "exhaustive":
+        return [cell for cell in all_cells(lines) if cell not in values]
+    wanted: dict[Cell, None] = {}
+    for line in lines:
+        known = {i: values[cell] for i, cell in enumerate(line.cells) if cell in values}
+        wanted |= dict.fromkeys(line.cells[i] for i in refine(len(line.cells), known))
+    return list(wanted)
+
+
+def coarse(num: int) -> list[int]:
+    """Positions that the refined search computes first on a line of `num` cells, ends included."""
+    gap = 1
+    while 2 * gap * COARSE_GAPS < num:
+        gap *= 2
+    return sorted({*range(0, num, gap), num - 1})
+
+
+def refine(num: int, known: Mapping[int, float]) -> list[int]:
+    """Positions to compute next on a line of `num` cells; none when its minimum is known.
+
+    Args:
+        num: cells on the line.
+        known: what is minimised, by position.
+    """
+    missing = [i for i in coarse(num) if i not in known]
+    if missing:
+        return missing
+    places = sorted(known)
+    best = min(places, key=lambda i: (known[i], i))
+    at = places.index(best)
+    ends = places[max(at - 1, 0)], places[min(at + 1, len(places) - 1)]
+    return sorted({(best + end) // 2 for end in ends} - known.keys())
+
+
+def most_cells(lines: Sequence[Line], search: Search) -> int:
+    """Cells that the search computes at most, wherever the minimum of each line is."""
+    cells = all_cells(lines)
+    if search == "exhaustive":
+        return len(cells)
+    first = {line.cells[i] for line in lines for i in coarse(len(line.cells))}
+    return min(len(cells), len(first) + sum(_most_refined(len(line.cells)) for line in lines))
+
+
+def _most_refined(num: int) -> int:
+    """Cells that follow the coarse ones on a line of `num` cells, at most."""
+    most = 0
+    for minimum in range(num):
+        known: dict[int, float] = {}
+        while positions := refine(num, known):
+            known |= {i: abs(i - minimum) for i in positions}
+        most = max(most, len(known))
+    return most - len(coarse(num))
