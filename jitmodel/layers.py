@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jitmodel.cost import WIDTH_MULTIPLE
+
 ROTARY_THETA = 10_000.0
-WIDTH_MULTIPLE = 64
-"""SwiGLU computes with a hidden width that is a multiple of this."""
 
 
 def axis_positions(grid_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,8 @@ class Stage(NamedTuple):
     """Field that the first bare argument fills; the next one, or the first, names a preset."""
     target: str
     """module:function that is called with the config."""
+    presets: str = ""
+    """Stage whose presets it takes, if not its own."""
 
 
 STAGES: dict[str, Stage] = {
@@ -33,6 +35,8 @@ STAGES: dict[str, Stage] = {
                      "pipelines.prepare:run"),
     "train": Stage("dataset folder -> run folder; the same line again resumes", c.TrainConfig,
                    None, "pipelines.train:run"),
+    "plan": Stage("a training run -> memory, days and price, before it starts", c.PlanConfig, None,
+                  "pipelines.plan:run", "train"),
     "export": Stage("run folder or checkpoint -> artifact", c.ExportConfig, "source",
                     "pipelines.export:run"),
     "reference": Stage("dataset folder -> reference statistics", c.ReferenceConfig, "data",
@@ -80,9 +84,10 @@ def resolve(word: str, argv: Sequence[str]) -> Config:
         prog += f" {stage.positional.upper()}"
         given = {stage.positional: bare} if bare else {}
         bare = rest.pop(0) if bare and rest and not rest[0].startswith("-") else None
-    names = c.preset_names(word)
+    folder = stage.presets or word
+    names = c.preset_names(folder)
     prog += f" [{'|'.join(names)}]" if names else ""
-    default = c.load_preset(word, bare, stage.config) if bare else stage.config()
+    default = c.load_preset(folder, bare, stage.config) if bare else stage.config()
     return c.parse(prog, rest, stage.config, default.model_copy(update=given))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 import yaml
@@ -211,6 +211,25 @@ class TrainConfig(StageConfig):
                 f"{self.global_batch} among {world_size} workers"
             )
         return micro, share // micro
+
+
+class PlanConfig(TrainConfig):
+    """A training run -> what it needs, printed; nothing is touched."""
+
+    gpus: PositiveInt = 8
+    """GPUs of the run, in place of its workers."""
+    instance: str = "p5.48xlarge"
+    """Machine that they are in, by its name in the price list."""
+    prices: str = ""
+    """YAML file of machines and prices, like pipelines/prices.yaml, which is the default."""
+    mfu: float = Field(0.4, gt=0, le=1)
+    """Assumed share of the GPUs' dense bf16 peak that training reaches; see
+    `python -m jitmodel.benchmark`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _each_gpu_is_a_worker(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        return fields | {"workers": fields.get("gpus", cls.model_fields["gpus"].default)}
 
 
 class ExportConfig(StageConfig):

@@ -12,7 +12,7 @@ import platform
 import sys
 from pathlib import Path
 
-SUBJECTS = ("model", "prepare", "serve")
+SUBJECTS = ("model", "prepare", "loader", "fit", "memory", "serve")
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """Arithmetic about a model against the model itself, and against the paper."""
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,3 +58,39 @@ def test_peaks_are_found_by_the_name_that_the_driver_gives():
 def test_the_arithmetic_needs_no_torch():
     program = "import sys, jitmodel.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (  # mostly activations
+            {"hidden_size": 384, "depth": 4, "num_heads": 6, "in_context_start": 2},
+            {"micro_batch": 12, "num_emas": 2},
+        ),
+        (
+            {"hidden_size": 384, "depth": 6, "num_heads": 6, "in_context_start": 2},
+            {"micro_batch": 12, "num_emas": 1, "checkpointing": "selective"},
+        ),
+        (  # mostly weights and what follows them, with gradients that wait
+            {"hidden_size": 768, "depth": 4, "num_heads": 12, "in_context_start": 2,
+             "image_size": 128},
+            {"micro_batch": 4, "pieces": 2, "precision": "fp32"},
+        ),
+        (
+            {"hidden_size": 512, "depth": 6, "num_heads": 8, "in_context_start": 2,
+             "image_size": 128},
+            {"micro_batch": 8, "checkpointing": "full", "world": 2},
+        ),
+    ],
+)  # fmt: skip
+def test_planned_memory_is_the_measured_peak_to_15_percent(measure_memory, model, options):
+    for rank in measure_memory(model | {"num_classes": 10}, **options):
+        assert rank["plan"] > 250e6  # more than noise
+        assert rank["peak"] == pytest.approx(rank["plan"], rel=0.15)
+
+
+@pytest.fixture
+def measure_memory(monkeypatch):
+    """What tests/bench/memory.py measures in processes of its own."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    return importlib.import_module("memory").measure
