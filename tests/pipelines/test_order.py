@@ -107,6 +107,28 @@ def test_epochs_and_seeds_differ_and_neighbours_are_mixed():
     assert len({g for g, _ in first[:64]}) >= 16
 
 
+def test_batches_are_as_mixed_as_those_of_a_full_permutation():
+    """12,800 images of 100 classes, permuted as `jit prepare` does it; batches of 128."""
+    rows, classes, batch = 12_800, 100, 128
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(rows) % classes)
+    group, row = Order([64] * 200, seed=0, lanes=16, window=4).rows(0, rows)
+
+    def entropy(drawn: np.ndarray) -> float:
+        counts = np.stack([np.bincount(b, minlength=classes) for b in drawn.reshape(-1, batch)])
+        p = counts / batch
+        return float(-(p * np.log2(p, where=p > 0, out=np.zeros_like(p))).sum(1).mean())
+
+    def largest_autocorrelation(drawn: np.ndarray) -> float:
+        x = drawn - drawn.mean()
+        return max(abs(float(x[lag:] @ x[:-lag])) for lag in range(1, 2 * batch)) / float(x @ x)
+
+    lanes, full = labels[group * 64 + row], labels[rng.permutation(rows)]
+    assert abs(entropy(lanes) - entropy(full)) < 0.02  # of 6.1 bits
+    assert largest_autocorrelation(lanes) < 0.04
+    assert largest_autocorrelation(full) < 0.04  # what chance does
+
+
 def test_the_order_of_a_run_never_changes():
     """Written down once: a run that was started with this order must be resumable."""
     order = Order([3, 2, 4], seed=7, lanes=2, window=2)
