@@ -9,6 +9,19 @@ lists their sizes. Each rank stores its own shard (torch.distributed.checkpoint)
 reads only the byte ranges it needs, so any number of ranks may continue. `latest.json` follows,
 for people and scripts; we ourselves look for the newest complete folder, so that a kill between
 the two loses nothing.
+
+Training waits only while the state is copied into host memory (`Saver.start`); a thread of each
+rank stores the copy. A kill can meet a save at these points, and then the newest complete
+checkpoint is
+
+1. while the state is copied, or a shard is written: the one before;
+2. when some shards are stored, or all but .metadata: the one before;
+3. when all is stored but meta.json: the one before;
+4. when meta.json is stored, latest.json is not: the new one;
+5. when latest.json is stored, and of an old checkpoint that goes nothing, its meta.json, or some
+   of its shards are deleted: the new one.
+
+Whatever an interrupted save or deletion left is removed by the next save.
 """
 
 from __future__ import annotations
@@ -16,10 +29,12 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import re
 import shutil
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol
@@ -27,6 +42,8 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -34,12 +51,20 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from jitmodel.config import ClassInfo, Config
 from pipelines import storage
-from pipelines.config import TrainConfig
+from pipelines.config import StageFailed, TrainConfig
 from pipelines.shards import Manifest
 
 logger = logging.getLogger(__name__)
 
 META, LATEST, FOLDER = "meta.json", "latest.json", "checkpoints"
+STEP = re.compile(r"step_(\d{8,})")
+"""Name of a checkpoint's folder."""
+LEAVE_S = 30.0
+"""Longest wait for a save in work when the process ends by an error."""
+
+
+class SaveFailed(StageFailed):
+    """A checkpoint could not be stored; the ones before it are whole."""
 
 
 class Meta(Config):
@@ -62,6 +87,10 @@ class Meta(Config):
     """Processes that wrote it."""
     losses: tuple[float, ...] = ()
     """Losses of the steps since the last line of metrics.jsonl, which the next line averages."""
+    levels: tuple[tuple[float, ...], ...] = ()
+    """The same by noise level: sum and number of the losses in each bin of t."""
+    skipped: tuple[int, ...] = ()
+    """Places of the run at which a batch begins that was left out, as its loss was no number."""
     files: dict[str, int]
     """Every other file of the folder, with its bytes."""
     versions: dict[str, str]
@@ -150,6 +179,15 @@ def newest(run: str) -> Checkpoint | None:
     return None
 
 
+def complete(run: str) -> dict[int, str]:
+    """URIs of the complete checkpoints of a run by step, oldest first."""
+    return {
+        int(folder.removeprefix("step_")): storage.join(run, FOLDER, folder)
+        for folder, files in sorted(_folders(run).items())
+        if META in files
+    }
+
+
 def _checked(uri: str, files: Mapping[str, int]) -> Checkpoint:
     """The checkpoint of a folder that holds `files` (name -> bytes).
 
@@ -187,48 +225,196 @@ def find(uri: str) -> Checkpoint:
 
 
 def save(
-    run: str, step: int, state: Stateful, meta: Meta, *, rank: int, world_size: int, keep: int
+    run: str,
+    step: int,
+    state: dict[str, Any],
+    meta: Meta,
+    *,
+    rank: int,
+    world_size: int,
+    keep: Callable[[list[int]], set[int]],
+    group: dist.ProcessGroup | None = None,
+    before: Callable[[], None] | None = None,
 ) -> str:
     """Store a checkpoint of the run; every rank calls it.
 
     Args:
         run: URI of the run folder.
         step: number that names the folder.
-        state: what is stored.
+        state: a state dict that nobody changes meanwhile.
         meta: `files` is filled in here.
         rank: number of this process.
         world_size: number of processes.
-        keep: newest checkpoints that stay; older ones are deleted.
+        keep: which of the complete steps stay; the others are deleted.
+        group: processes that talk to each other here; all by default.
+        before: what rank 0 does before the checkpoint becomes valid.
 
     Returns:
         URI of the checkpoint.
+
+    Raises:
+        SaveFailed: on every rank, with what failed on any of them.
     """
     uri = storage.join(run, FOLDER, f"step_{step:08d}")
-    if rank == 0:
-        _delete(uri)  # what an interrupted save of the same step may have left
+    files: dict[str, int] = {}
+    trouble = ""
+    try:
+        if rank == 0:
+            _delete(uri)  # what an interrupted save of the same step may have left
+        files = _store_shards(uri, state, group, alone=world_size == 1)
+        if rank == 0 and before:
+            before()
+    except Exception as error:  # whatever it is, the other ranks wait to be told
+        trouble = _cause(error)
+    everything = _gathered((files, trouble), world_size, group)
+    troubles = [text for _, text in everything if text]
+    if rank == 0 and not troubles:
+        sizes = {name: size for part, _ in everything for name, size in part.items()}
+        try:
+            _publish(run, step, meta.model_copy(update={"files": sizes}), keep)
+        except Exception as error:
+            trouble = _cause(error)
+    published = [text for _, text in _gathered((None, trouble), world_size, group) if text]
+    if troubles or published:
+        raise SaveFailed(
+            f"the checkpoint at image {meta.images_seen} could not be stored at {uri}: "
+            f"{(troubles or published)[0]}. Checkpoints from before are whole: mend the storage, "
+            "and the same line again goes on from the newest of them."
+        )
+    return uri
+
+
+def _store_shards(
+    uri: str, state: dict[str, Any], group: dist.ProcessGroup | None, *, alone: bool
+) -> dict[str, int]:
+    """Store this rank's part of a state, .metadata last; its files and their bytes."""
     local = Path(tempfile.mkdtemp(prefix="jit-save-"))
     try:
         with _quiet():
             writer = FileSystemWriter(local)
-            dcp_save(state.state_dict(), storage_writer=writer, no_dist=world_size == 1)
+            try:
+                dcp_save(state, storage_writer=writer, process_group=group, no_dist=alone)
+            except CheckpointException as error:  # torch hides what the disk said
+                first = next(iter(error.failures.values()))[0]
+                raise OSError(f"{first} (is the disk full that holds {local.parent}?)") from error
         files = {path.name: path.stat().st_size for path in sorted(local.iterdir())}
-        if files:
-            storage.publish_folder(local, uri, last=max(files))
+        for name in sorted(files, reverse=True):
+            storage.copy_in(local / name, storage.join(uri, name))
     finally:
         shutil.rmtree(local, ignore_errors=True)
-    gathered: list[Any] = [files]
+    return files
+
+
+def _publish(run: str, step: int, meta: Meta, keep: Callable[[list[int]], set[int]]) -> None:
+    """Make a stored checkpoint valid, say so in latest.json, and delete what need not stay."""
+    name = f"step_{step:08d}"
+    storage.write_json(storage.join(run, FOLDER, name, META), meta.model_dump(mode="json"))
+    latest = {"checkpoint": f"{FOLDER}/{name}", "images_seen": meta.images_seen}
+    storage.write_json(storage.join(run, LATEST), latest)
+    stay = keep(list(complete(run))) | {step}
+    for folder in _folders(run):
+        if int(folder.removeprefix("step_")) not in stay:
+            _delete(storage.join(run, FOLDER, folder))
+
+
+def _gathered(mine: Any, world_size: int, group: dist.ProcessGroup | None) -> list[Any]:
+    """What every rank has to say, in their order."""
+    everyone = [mine]
     if world_size > 1:
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, files)
-    if rank == 0:
-        everything = {name: size for part in gathered for name, size in part.items()}
-        meta = meta.model_copy(update={"files": everything})
-        storage.write_json(storage.join(uri, META), meta.model_dump(mode="json"))
-        latest = {"checkpoint": f"{FOLDER}/step_{step:08d}", "images_seen": meta.images_seen}
-        storage.write_json(storage.join(run, LATEST), latest)
-        for old in sorted(_folders(run))[:-keep]:
-            _delete(storage.join(run, FOLDER, old))
-    return uri
+        everyone = [None] * world_size
+        dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Saver:
+    """Stores checkpoints while training goes on; every rank makes one, and calls it alike.
+
+    One save is in work at a time. What a rank's thread says to the others' goes through a process
+    group of its own, so it never meets what training says at the same moment.
+
+    Args:
+        run: URI of the run folder.
+        rank: number of this process.
+        world_size: number of processes.
+        keep: see `save`.
+    """
+
+    def __init__(
+        self, run: str, *, rank: int, world_size: int, keep: Callable[[list[int]], set[int]]
+    ) -> None:
+        self.run, self.rank, self.world_size, self.keep = run, rank, world_size, keep
+        self._group: dist.ProcessGroup | None = None
+        if world_size > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+        self._copy: dict[str, Any] | None = None
+        self._thread: threading.Thread | None = None
+        self._uri = ""
+        self._error: BaseException | None = None
+
+    def start(
+        self, step: int, state: Stateful, meta: Meta, before: Callable[[], None] | None = None
+    ) -> None:
+        """Copy the state and begin to store the copy; the save before must have been collected.
+
+        The copy keeps its memory for the next save: as much as weights, optimizer and averages of
+        this rank.
+        """
+        assert self._thread is None
+        live = state.state_dict()
+        if self._copy is None:
+            self._copy = _create_cpu_state_dict(live, pin_memory=torch.cuda.is_available())
+        frozen = _copy_state_dict(live, self._copy)
+
+        def work() -> None:
+            try:
+                self._uri = save(
+                    self.run, step, frozen, meta, rank=self.rank, world_size=self.world_size,
+                    keep=self.keep, group=self._group, before=before,
+                )  # fmt: skip
+            except BaseException as error:  # handed to the training thread
+                self._error = error
+
+        self._uri, self._error = "", None
+        # A daemon: a process that has lost its peers must be able to end.
+        self._thread = threading.Thread(target=work, name="jit-save", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> str:
+        """URI of the checkpoint that every rank has finished storing; empty if there is none.
+
+        All ranks get the same answer in the same step; they talk only while a save is in work.
+
+        Raises:
+            SaveFailed: it could not be stored.
+        """
+        if self._thread is None:
+            return ""
+        done = torch.tensor(int(not self._thread.is_alive()))
+        if self.world_size > 1:
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+        return self.wait() if done else ""
+
+    def wait(self) -> str:
+        """Like poll, but wait for the end of a save in work."""
+        if self._thread is None:
+            return ""
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+        return self._uri
+
+    def leave(self) -> None:
+        """Give a save in work some time to end; for a process that ends by an error."""
+        if self._thread is not None:
+            self._thread.join(LEAVE_S)
 
 
 def load(uri: str, state: Stateful) -> None:
@@ -245,7 +431,8 @@ def _folders(run: str) -> dict[str, dict[str, int]]:
     with suppress(FileNotFoundError):
         for entry in storage.list_files(storage.join(run, FOLDER)):
             folder, _, file = entry.relative.partition("/")
-            folders.setdefault(folder, {})[file] = entry.bytes
+            if STEP.fullmatch(folder):
+                folders.setdefault(folder, {})[file] = entry.bytes
     return folders
 
 
@@ -283,11 +470,9 @@ def _quiet() -> Iterator[None]:
 class _Uris:
     """The part of torch's FileSystem that a reader uses, over storage."""
 
-    @contextmanager
-    def create_stream(self, path: str, mode: str) -> Iterator[IO[bytes]]:
+    def create_stream(self, path: str, mode: str) -> storage.Ranges:
         assert mode == "rb"
-        with storage.open_input(path) as file:
-            yield file
+        return storage.Ranges(path)
 
     def concat_path(self, path: str, suffix: str) -> str:
         return storage.join(path, suffix)
@@ -301,13 +486,13 @@ class Reader(FileSystemReader):
         self.fs: Any = _Uris()
         self.path: Any = uri
 
-    def _slice_file(self, file: IO[bytes], info: Any) -> IO[bytes]:
-        file.seek(info.offset)
-        return io.BytesIO(file.read(info.length))  # one request, where torch.load makes many
+    def _slice_file(self, file: Any, info: Any) -> IO[bytes]:
+        # One request, where torch.load makes many; storage asks again while a store is busy.
+        return io.BytesIO(file.read(info.offset, info.length))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with storage.open_input(storage.join(self.path, ".metadata")) as file:
-            found: Metadata = _MetadataUnpickler(io.BytesIO(file.read())).load()
+        content = storage.read_bytes(storage.join(self.path, ".metadata"))
+        found: Metadata = _MetadataUnpickler(io.BytesIO(content)).load()
         if found.storage_meta is not None:
             found.storage_meta.load_id = self.load_id
         return found

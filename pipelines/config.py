@@ -125,6 +125,30 @@ class LoaderConfig(Config):
     """Batches that are decoded ahead of the one in use."""
 
 
+class ValidationConfig(Config):
+    """How checkpoints are judged while training goes on, on a worker of their own."""
+
+    reference: str = ""
+    """URI of the .npz file of reference statistics (`jit reference`); without it none is judged."""
+    num_images: PositiveInt = 5000
+    """Images to draw; a multiple of the classes."""
+    ema: Probability = 0.9999
+    """Decay of the EMA that draws; 0 is the raw weights."""
+    extractor: Extractor = "efflite0"
+    """Feature extractor; must be the reference's."""
+    weights: str = ""
+    """URI of the extractor's weights, where no package ships them."""
+    batch: PositiveInt = 50
+    """Images drawn together."""
+    seed: int = Field(0, ge=0)
+    """Seed of the start noise, the same for every checkpoint."""
+    keep_best: int = Field(1, ge=0)
+    """Best checkpoints that stay. One that was not judged yet stays no longer than others."""
+    patience: int = Field(0, ge=0)
+    """Validations in a row that may be worse than the best one until training stops; 0 never
+    stops."""
+
+
 class TrainConfig(StageConfig):
     """Dataset folder -> run folder."""
 
@@ -134,8 +158,9 @@ class TrainConfig(StageConfig):
     """URI under which run folders live."""
     name: str = ""
     """Name of the run; the same storage and name again resume it."""
-    workers: PositiveInt = 1
-    """Training processes; one GPU each where the cluster has GPUs, else one CPU each."""
+    workers: Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$")] = "1"
+    """Training processes; one GPU each where the cluster has GPUs, else one CPU each. FEWEST:MOST
+    shrinks and grows with the cluster, to numbers that share lanes and batch evenly."""
     fresh: bool = False
     """Start over although a run of this name exists; the old one is kept under another name."""
     model: ModelConfig = ModelConfig()
@@ -145,6 +170,7 @@ class TrainConfig(StageConfig):
     parallel: ParallelConfig = ParallelConfig()
     sampler: SamplerConfig = SamplerConfig()
     """Sampler of the grids that training draws, and the one that the artifact recommends."""
+    validation: ValidationConfig = ValidationConfig()
     total_images: PositiveInt = 600 * 1_281_167
     """Images to see in all; the paper's 600 epochs of ImageNet."""
     global_batch: PositiveInt = 1024
@@ -159,6 +185,15 @@ class TrainConfig(StageConfig):
     """Images between checkpoints."""
     keep_checkpoints: PositiveInt = 3
     """Newest checkpoints that are kept."""
+    keep_every: int = Field(0, ge=0)
+    """Every how many checkpoints one is kept for good; 0 keeps only the newest ones."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss that is no number does: stop the run, or go back to the newest checkpoint and
+    leave that global batch out."""
+    max_skips: PositiveInt = 3
+    """Batches that one start of the run may leave out so."""
+    peak_tflops: float = Field(0, ge=0)
+    """Peak of one device for MFU, in TFLOP/s; 0 takes what is known of the device, if it is."""
     grid_every_images: int = Field(1_281_167, ge=0)
     """Images between grids of samples; 0 draws none."""
     grid_ema: Probability = 0.9999
@@ -169,6 +204,9 @@ class TrainConfig(StageConfig):
     """Worker failures that a run survives by itself."""
     start_timeout_s: PositiveFloat = 600.0
     """Longest wait for the workers to be placed."""
+    resize_every_s: PositiveFloat = 300.0
+    """How often an elastic run looks whether there is room for more workers. To grow it starts
+    again from the newest checkpoint."""
 
     @model_validator(mode="after")
     def _batch_and_workers_fit(self) -> Self:
@@ -177,14 +215,46 @@ class TrainConfig(StageConfig):
                 f"global_batch {self.global_batch} is not a multiple of loader.lanes "
                 f"{self.loader.lanes}: a batch takes equally many images from every lane"
             )
-        self.split(self.workers)
+        assert self.world_sizes
         decays = self.optimizer.ema_decays
         if self.grid_every_images and self.grid_ema not in (0, *decays):
             raise ValueError(
                 f"grid_ema {self.grid_ema} is not among optimizer.ema_decays {decays}: "
                 "choose one of them, or 0 for the raw weights"
             )
+        if self.validation.reference and self.validation.ema not in (0, *decays):
+            raise ValueError(
+                f"validation.ema {self.validation.ema} is not among optimizer.ema_decays "
+                f"{decays}: choose one of them, or 0 for the raw weights"
+            )
         return self
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Numbers of workers that this run may have, rising.
+
+        Raises:
+            ValueError: none of those that were asked for shares the batch evenly.
+        """
+        low, _, high = self.workers.partition(":")
+        fewest, most = int(low), int(high or low)
+        if fewest > most:
+            raise ValueError(f"workers {self.workers}: {fewest} is more than {most}")
+        found = []
+        for number in range(fewest, most + 1):
+            try:
+                self.split(number)
+            except ValueError:
+                if fewest == most:
+                    raise
+                continue
+            found.append(number)
+        if not found:
+            raise ValueError(
+                f"workers {self.workers}: none of these numbers deals loader.lanes "
+                f"{self.loader.lanes} and global_batch {self.global_batch} evenly"
+            )
+        return found
 
     def split(self, world_size: int) -> tuple[int, int]:
         """How a worker takes its share of a global batch: images at once, and how many times.

@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,17 +31,19 @@ from jitmodel.model import JiT
 from jitmodel.parallel import autocast, device_mesh, parallelize
 from jitmodel.pixels import to_pixels
 from jitmodel.sampler import sample, start_noise
-from jitmodel.state import StepResult, TrainState
-from pipelines import checkpoints, storage
-from pipelines.checkpoints import Checkpoint, Meta
-from pipelines.config import StageFailed, TrainConfig
+from jitmodel.state import TrainState
+from pipelines import checkpoints, health, storage, validation
+from pipelines.checkpoints import Checkpoint, Meta, Saver
+from pipelines.config import TrainConfig
 from pipelines.journal import Journal
 from pipelines.loader import Batch, Loader
+from pipelines.meter import Meter, NonFiniteLoss
 from pipelines.report import image_grid
 from pipelines.shards import Manifest, read_manifest
 from pipelines.versions import tool_versions
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 GRID_ROWS, GRID_COLUMNS = 10, 8
 """Classes and images of a class in a grid of samples."""
@@ -53,8 +56,8 @@ class FitContext(Protocol):
     world_size: int
     device: torch.device
 
-    def report(self, metrics: dict[str, Any]) -> None:
-        """Called by every rank after each checkpoint."""
+    def report(self, metrics: dict[str, Any], checkpoint: str) -> None:
+        """Called by every rank when a checkpoint is stored, with its URI."""
 
     def preempted(self) -> bool:
         """Whether this run will soon lose a machine; every rank gets the same answer."""
@@ -70,7 +73,7 @@ class LocalContext:
         default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
 
-    def report(self, metrics: dict[str, Any]) -> None:
+    def report(self, metrics: dict[str, Any], checkpoint: str) -> None:
         """Nobody is told."""
 
     def preempted(self) -> bool:
@@ -86,10 +89,8 @@ class FitResult(NamedTuple):
     checkpoint: str
     metrics: dict[str, Any]
     """The last line of metrics.jsonl that this process computed; empty if it had no step to do."""
-
-
-class NonFiniteLoss(StageFailed):
-    """The loss or the gradient is no longer a number; the last checkpoint is from before."""
+    stopped: str = ""
+    """Why the run ended before it had seen all images; empty if it has seen them."""
 
 
 def run_uri(config: TrainConfig) -> str:
@@ -150,7 +151,28 @@ def fit(config: TrainConfig, context: FitContext) -> FitResult:
     Raises:
         ValueError: the run cannot be continued with this config or dataset.
         FileNotFoundError: the dataset is not there.
-        NonFiniteLoss: on every rank, with the same message.
+        NonFiniteLoss: on every rank, with the same message; with config.non_finite "skip", when
+            it happened more than config.max_skips times.
+        SaveFailed: on every rank, with the same message.
+    """
+    skipped: set[int] = set()
+    while True:
+        try:
+            return _fit(config, context, skipped)
+        except NonFiniteLoss as error:
+            if config.non_finite == "stop" or len(skipped) >= config.max_skips:
+                raise
+            skipped.add(error.images_seen)
+            if context.rank == 0:
+                logger.warning("%s\nGoing back, and leaving this batch out.", error)
+
+
+def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResult:
+    """fit, without going back.
+
+    Args:
+        skipped: places at which a batch begins that is left out; those that the run has left out
+            before are added.
     """
     run, manifest = run_uri(config), read_manifest(config.data)
     micro_batch, accumulation = config.split(context.world_size)
@@ -158,6 +180,7 @@ def fit(config: TrainConfig, context: FitContext) -> FitResult:
     state = build(config, context)
     if start:
         checkpoints.load(start.uri, state)
+        skipped |= set(start.meta.skipped)
     loader = Loader(
         config.data,
         manifest,
@@ -183,162 +206,146 @@ def fit(config: TrainConfig, context: FitContext) -> FitResult:
             micro_batch,
             accumulation,
         )
-    meter = Meter(config, context, manifest.num_rows, start.meta.losses if start else ())
+    carried = (start.meta.losses, start.meta.levels) if start else ()
+    meter = Meter(config, context, manifest.num_rows, *carried)
+    saver = Saver(
+        run,
+        rank=context.rank,
+        world_size=context.world_size,
+        keep=partial(kept_steps, config),
+    )
     uri, line = start.uri if start else "", dict[str, Any]()
+    rising = _broadcast(early_stop(config), context)
+    for unjudged in _broadcast(without_score(config), context):
+        context.report({}, unjudged)
+
+    def stored(found: str) -> str:
+        """A save has ended, in the same step on every rank; why training shall stop now."""
+        nonlocal uri
+        if not found:
+            return ""
+        uri = found
+        context.report({**line, "images_seen": state.images_seen}, uri)
+        if journal:
+            logger.info("checkpoint: %s", uri)
+        return _broadcast(early_stop(config), context)
+
     stream = loader.batches(state.images_seen)
     warned = False
-    while state.images_seen < config.total_images:
-        waiting = time.perf_counter()
-        batches = [next(stream) for _ in range(accumulation)]
-        meter.waited += time.perf_counter() - waiting
-        result = state.step([_on(context.device, batch) for batch in batches])
-        meter.add(state.images_seen, batches, result)
+    try:
+        while state.images_seen < config.total_images and not rising:
+            waiting = time.perf_counter()
+            batches = [next(stream) for _ in range(accumulation)]
+            meter.waited += time.perf_counter() - waiting
+            if state.images_seen in skipped:
+                state.images_seen += config.global_batch
+            else:
+                result = state.step([_on(context.device, batch) for batch in batches])
+                meter.add(state.images_seen, batches, result)
+            rising = stored(saver.poll())
 
-        seen = state.images_seen
-        last = seen >= config.total_images
-        # A round number of images was passed in this step.
-        save, draw = (
-            last or seen // every > (seen - config.global_batch) // every
-            for every in (config.checkpoint_every_images, config.grid_every_images or seen + 1)
-        )
-        if not warned and context.preempted():
-            warned = save = True
-            logger.warning("this run will lose a machine: saving at image %d", seen)
-        if last or seen // config.global_batch % config.log_every_steps == 0:
-            line = meter.line(state)
-            if journal:
-                journal.line(line)
-                logger.info(meter.status(line))
-        began = time.perf_counter()
-        if draw and config.grid_every_images:
-            picture = draw_grid(config, context, state, manifest)
-            if journal:
-                logger.info("samples: %s", journal.grid(image_grid(*picture), seen))
-        if save:
-            meter.check()
-            if journal:
-                journal.sync()
-            meta = Meta(
-                run=config.name,
-                images_seen=seen,
-                identity=checkpoints.identity(config, manifest),
-                config=config.model_dump(mode="json"),
-                data=manifest.fingerprint,
-                classes=tuple(manifest.classes),
-                world_size=context.world_size,
-                losses=tuple(meter.losses),
-                files={},
-                versions=tool_versions(),
+            seen = state.images_seen
+            last = seen >= config.total_images
+            # A round number of images was passed in this step.
+            save, draw = (
+                last or seen // every > (seen - config.global_batch) // every
+                for every in (config.checkpoint_every_images, config.grid_every_images or seen + 1)
             )
-            uri = checkpoints.save(
-                run,
-                seen // config.global_batch,
-                state,
-                meta,
-                rank=context.rank,
-                world_size=context.world_size,
-                keep=config.keep_checkpoints,
-            )
-            context.report({**line, "images_seen": seen})
-            if journal:
-                logger.info("checkpoint: %s", uri)
-        meter.pause(time.perf_counter() - began)
-    stream.close()
-    if journal:
-        journal.close()
-    return FitResult(run, state.images_seen, uri, line)
+            notice = not warned and context.preempted()
+            if notice:
+                warned = save = True
+                logger.warning("this run will lose a machine: saving at image %d", seen)
+            if meter.losses and (last or seen // config.global_batch % config.log_every_steps == 0):
+                line = meter.line(state)
+                if journal:
+                    journal.line(line)
+                    logger.info(meter.status(line))
+            if draw and config.grid_every_images:
+                began = time.perf_counter()
+                picture = draw_grid(config, context, state, manifest)
+                if journal:
+                    logger.info("samples: %s", journal.grid(image_grid(*picture), seen))
+                    real = torch.cat([batch.pixels for batch in batches])
+                    look_at(picture[0], real, config, journal, seen)
+                meter.pause(time.perf_counter() - began)
+            if save:
+                meter.check()
+                rising = stored(saver.wait()) or rising
+                if rising:
+                    break
+                meta = Meta(
+                    run=config.name,
+                    images_seen=seen,
+                    identity=checkpoints.identity(config, manifest),
+                    config=config.model_dump(mode="json"),
+                    data=manifest.fingerprint,
+                    classes=tuple(manifest.classes),
+                    world_size=context.world_size,
+                    losses=tuple(meter.losses),
+                    levels=meter.levels(),
+                    skipped=tuple(sorted(skipped)),
+                    files={},
+                    versions=tool_versions(),
+                )
+                step = seen // config.global_batch
+                saver.start(step, state, meta, before=journal.sync if journal else None)
+                if last or notice:
+                    rising = stored(saver.wait())
+    except NonFiniteLoss:
+        saver.wait()  # every rank is here, and what is being stored is from before
+        raise
+    finally:
+        saver.leave()
+        stream.close()
+        if journal:
+            journal.close()
+    ended = state.images_seen >= config.total_images
+    return FitResult(run, state.images_seen, uri, line, "" if ended else rising)
 
 
-class Meter:
-    """Losses and speed since the last line of metrics.jsonl; finds losses that are no numbers.
+def early_stop(config: TrainConfig) -> str:
+    """Why training shall stop before its end; empty if it shall go on."""
+    if not config.validation.patience:
+        return ""
+    try:
+        found = validation.scores(run_uri(config), config.validation)
+    except OSError as error:
+        logger.warning("scores cannot be read, training goes on: %s", error)
+        return ""
+    return validation.verdict(found, config.validation.patience)
 
-    On a GPU a loss is read while the next step runs, so that reading it stalls nothing.
-    """
 
-    def __init__(
-        self, config: TrainConfig, context: FitContext, num_rows: int, losses: tuple[float, ...]
-    ) -> None:
-        self.config, self.context, self.num_rows = config, context, num_rows
-        self.losses = list(losses)
-        self.waited = 0.0
-        self._unread: list[tuple[int, list[Batch], StepResult]] = []
-        self._last: StepResult | None = None
-        self._steps = 0
-        self._began = time.perf_counter()
+def without_score(config: TrainConfig) -> list[str]:
+    """Complete checkpoints that nobody has judged yet, oldest first."""
+    if not config.validation.reference:
+        return []
+    run = run_uri(config)
+    judged = {score.step for score in validation.scores(run, config.validation)}
+    return [uri for step, uri in checkpoints.complete(run).items() if step not in judged]
 
-    def add(self, images_seen: int, batches: list[Batch], result: StepResult) -> None:
-        """Take in a step."""
-        self._steps += 1
-        self._unread.append((images_seen, batches, result))
-        self.check(leave=1 if self.context.device.type == "cuda" else 0)
 
-    def check(self, leave: int = 0) -> None:
-        """Read all losses but the newest `leave`.
+def look_at(
+    drawn: Tensor, real: Tensor, config: TrainConfig, journal: Journal, images_seen: int
+) -> None:
+    """Write down how healthy drawn images are beside real ones, and warn of what is not."""
+    patch = config.model.patch_size
+    here, there = (health.measure(pixels.numpy(), patch) for pixels in (drawn, real))
+    journal.health(here._asdict(), there._asdict(), images_seen)
+    for sentence in health.findings(here, there):
+        logger.warning("health check at image %d: %s", images_seen, sentence)
 
-        Raises:
-            NonFiniteLoss: one is no number; every rank raises at the same step.
-        """
-        while len(self._unread) > leave:
-            images_seen, batches, result = self._unread.pop(0)
-            loss, norm = result.loss.item(), result.grad_norm.item()
-            if not np.isfinite((loss, norm)).all():
-                self._stop(images_seen, batches, result, loss, norm)
-            self.losses.append(loss)
-            self._last = result
 
-    def line(self, state: TrainState) -> dict[str, Any]:
-        """Numbers since the last line, which then count anew."""
-        self.check()
-        assert self._last is not None
-        elapsed = time.perf_counter() - self._began
-        line = {
-            "images_seen": state.images_seen,
-            "epoch": round(state.images_seen / self.num_rows, 4),
-            "loss": sum(self.losses) / len(self.losses),
-            "learning_rate": self._last.learning_rate,
-            "grad_norm": self._last.grad_norm.item(),
-            "images_per_s": round(self._steps * self.config.global_batch / elapsed, 2),
-            "data_wait": round(self.waited / elapsed, 4),
-        }
-        self.losses, self.waited, self._steps = [], 0.0, 0
-        self._began = time.perf_counter()
-        return line
-
-    def status(self, line: dict[str, Any]) -> str:
-        """A line for people."""
-        left_s = (self.config.total_images - line["images_seen"]) / max(line["images_per_s"], 0.01)
-        return (
-            f"images {line['images_seen']}/{self.config.total_images}  epoch {line['epoch']:.2f}  "
-            f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
-            f"grad {line['grad_norm']:.3f}  {line['images_per_s']:.1f} images/s  "
-            f"data wait {line['data_wait']:.1%}  left {max(0, left_s) / 60:.1f} min"
-        )
-
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not training."""
-        self._began += seconds
-
-    def _stop(
-        self, images_seen: int, batches: list[Batch], result: StepResult, loss: float, norm: float
-    ) -> None:
-        ids = torch.cat([batch.id for batch in batches])
-        bad = ids[~result.losses.isfinite().cpu()].tolist()
-        everyone: list[Any] = [bad]
-        if self.context.world_size > 1:
-            everyone = [None] * self.context.world_size
-            dist.all_gather_object(everyone, bad)
-        named = sorted(i for part in everyone for i in part)
-        who = "each image's loss is finite, so it is the gradient that is not"
-        if named:
-            more = f" and {len(named) - 20} more" if len(named) > 20 else ""
-            who = f"not finite for images with id {', '.join(map(str, named[:20]))}{more}"
-        batch = self.config.global_batch
-        raise NonFiniteLoss(
-            f"loss {loss}, gradient norm {norm} at step {images_seen // batch} (places "
-            f"{images_seen - batch} .. {images_seen - 1} of the run): {who}. No checkpoint holds "
-            "this state. Lower --optimizer.learning-rate, set --optimizer.grad-clip, or look at "
-            "the images; the same line again goes on from the last checkpoint."
-        )
+def kept_steps(config: TrainConfig, steps: list[int]) -> set[int]:
+    """Checkpoints that stay: the newest ones, each n-th that the schedule made, the best ones."""
+    stay = set(steps[-config.keep_checkpoints :])
+    if config.keep_every:
+        every = config.keep_every * config.checkpoint_every_images
+        batch = config.global_batch
+        stay |= {step for step in steps if step * batch // every > (step - 1) * batch // every}
+    if config.validation.reference:
+        found = validation.scores(run_uri(config), config.validation)
+        stay |= {score.step for score in validation.best(found, config.validation.keep_best)}
+    return stay
 
 
 def draw_grid(
@@ -398,11 +405,11 @@ def _on(device: torch.device, batch: Batch) -> train_state.Batch:
     )
 
 
-def _broadcast(start: Checkpoint | None, context: FitContext) -> Checkpoint | None:
+def _broadcast(value: T, context: FitContext) -> T:
     """What rank 0 found: the others may have looked at another moment."""
     if context.world_size == 1:
-        return start
-    box: list[Any] = [start]
+        return value
+    box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
-    found: Checkpoint | None = box[0]
+    found: T = box[0]
     return found

@@ -9,8 +9,10 @@ told to forget them.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipelines import storage
 from pipelines.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 SYNC_S = 60.0
@@ -53,17 +57,19 @@ class Journal:
             self.folder / "tensorboard", purge_step=images_seen + 1 if images_seen else None
         )
         self._copied: dict[Path, int] = {}
+        # One thread, so that a slow store delays no step and files are copied in turn.
+        self._uploads = ThreadPoolExecutor(1, "jit-journal")
         self._synced = time.monotonic()
 
     def line(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its numbers to TensorBoard, over images_seen."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if name != "images_seen":
-                self.events.add_scalar(f"train/{name}", value, values["images_seen"])
-        if time.monotonic() - self._synced > SYNC_S:
-            self.sync()
+        for name, value in numbers(values).items():
+            self.events.add_scalar(f"train/{name}", value, values["images_seen"])
+        if self.is_remote and time.monotonic() - self._synced > SYNC_S:
+            self._synced = time.monotonic()
+            self._uploads.submit(self._try_sync)
 
     def grid(self, picture: Image.Image, images_seen: int) -> str:
         """Store a grid of samples; its URI."""
@@ -75,12 +81,26 @@ class Journal:
         self.events.add_image("samples", pixels.view(shape), images_seen, dataformats="HWC")
         return uri
 
+    def health(self, drawn: dict[str, float], real: dict[str, float], images_seen: int) -> None:
+        """Add the health of a grid to the curves, beside that of real images."""
+        for whose, values in (("drawn", drawn), ("real", real)):
+            for name, value in values.items():
+                self.events.add_scalar(f"health/{name}_{whose}", value, images_seen)
+
     def sync(self) -> None:
-        """Make everything said so far visible at the run's URI."""
+        """Make everything said so far visible at the run's URI; any thread may ask for it."""
         self.events.flush()
-        self._synced = time.monotonic()
-        if not self.is_remote:
-            return
+        if self.is_remote:
+            self._uploads.submit(self._upload).result()
+
+    def _try_sync(self) -> None:
+        try:
+            self.events.flush()
+            self._upload()
+        except OSError as error:
+            logger.warning("metrics could not be stored, which is tried again: %s", error)
+
+    def _upload(self) -> None:
         assert self.folder is not None
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             size = path.stat().st_size
@@ -92,9 +112,22 @@ class Journal:
     def close(self) -> None:
         """Write what is left."""
         self.events.close()
-        self.sync()
+        if self.is_remote:
+            self._uploads.submit(self._try_sync)
+        self._uploads.shutdown()
         if self._temporary:
             self._temporary.cleanup()
+
+
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line by name, for tools that draw curves; lists get one name an item."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/{i}": v for i, v in enumerate(value) if v is not None}
+        elif name != "images_seen" and value is not None:
+            flat[name] = value
+    return flat
 
 
 def kept_lines(run: str, images_seen: int) -> list[bytes]:

@@ -17,12 +17,14 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
     raise SystemExit(main(["train", *sys.argv[1:]]))
 
+import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -31,11 +33,13 @@ import torch
 import yaml
 from ray._private.worker import get_dashboard_url
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
-from pipelines import runtime, storage
-from pipelines.checkpoints import Checkpoint
-from pipelines.config import StageFailed, TrainConfig, require
-from pipelines.fit import NonFiniteLoss, fit, resume_point, run_uri
+from pipelines import runtime, storage, validation
+from pipelines.checkpoints import Checkpoint, SaveFailed
+from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
+from pipelines.fit import early_stop, fit, resume_point, run_uri
+from pipelines.meter import NonFiniteLoss
 from pipelines.shards import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -46,18 +50,35 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 class RayContext:
-    """A process of Ray Train, as fit sees it."""
+    """A process of Ray Train, as fit sees it.
 
-    def __init__(self) -> None:
+    Args:
+        judged: whether checkpoints are validated.
+    """
+
+    def __init__(self, *, judged: bool = False) -> None:
+        self.judged = judged
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._steps = 0
 
-    def report(self, metrics: dict[str, Any]) -> None:
-        """Tell Ray; the checkpoint is in the run folder already."""
-        ray.train.report(metrics)
+    def report(self, metrics: dict[str, Any], checkpoint: str) -> None:
+        """Tell Ray; the checkpoint is in the run folder already.
+
+        Ray validates only what it stores itself, so it gets a pointer in place of the checkpoint.
+        """
+        if not self.judged or self.rank:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory(prefix="jit-pointer-") as folder:
+            Path(folder, "pointer.json").write_text(json.dumps({"checkpoint": checkpoint}))
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                validation=ray.train.ValidationTaskConfig(fn_kwargs={"uri": checkpoint}),
+            )
 
     def preempted(self) -> bool:
         """Whether a node of this run is about to be taken away; asked in every tenth step.
@@ -70,12 +91,34 @@ class RayContext:
         return ray.train.get_preemption_info() is not None
 
 
-class Trainer(ray.train.torch.TorchTrainer):
-    """Ray's trainer, without the actor that asks the dashboard every second where there is none.
+class WholeLanes(ElasticScalingPolicy):
+    """As many workers as there is room for, of the numbers that share lanes and batch evenly."""
 
-    It frees the workers' places when the trainer itself is killed. In a cluster that a command
-    started for itself, without a dashboard, everything ends with that command.
+    def __init__(self, scaling_config: Any, numbers: list[int]) -> None:
+        super().__init__(scaling_config)
+        self.numbers = numbers
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        room = super()._count_possible_workers(reserved_resources)
+        return max((number for number in self.numbers if number <= room), default=0)
+
+
+class Trainer(ray.train.torch.TorchTrainer):
+    """Ray's trainer, with two changes.
+
+    The actor that asks the dashboard every second is left out where there is none. It frees the
+    workers' places when the trainer itself is killed; in a cluster that a command started for
+    itself, without a dashboard, everything ends with that command.
+
+    An elastic run has one of `numbers` of workers at any time.
     """
+
+    numbers: list[int]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if len(self.numbers) > 1:
+            parts["scaling_policy"] = WholeLanes(self.scaling_config, self.numbers)
+        return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
@@ -88,15 +131,35 @@ def worker(options: dict[str, Any]) -> dict[str, Any]:
     """What each process runs; the answer of rank 0 is the answer of the run."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train's own reports are not news
     logging.getLogger("pipelines").setLevel(logging.INFO)
-    context = RayContext()
+    config = TrainConfig.model_validate(options)
+    context = RayContext(judged=bool(config.validation.reference))
     if context.device.type == "cpu":
         cpus = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cpus // ray.train.get_context().get_local_world_size()))
     try:
-        result = fit(TrainConfig.model_validate(options), context)
-    except NonFiniteLoss as error:  # to start again would only meet it again
+        result = fit(config, context)
+    except (NonFiniteLoss, SaveFailed) as error:  # to start again would only meet it again
         return {"stopped": str(error)}
-    return {"images_seen": result.images_seen, "checkpoint": result.checkpoint}
+    return {
+        "images_seen": result.images_seen,
+        "checkpoint": result.checkpoint,
+        "early": result.stopped,
+    }
+
+
+def judge(checkpoint: ray.train.Checkpoint, uri: str, options: dict[str, Any]) -> dict[str, float]:
+    """What a validation task runs, on a device of its own, while training goes on."""
+    logging.getLogger("pipelines").setLevel(logging.INFO)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        score = validation.validate(uri, ValidationConfig.model_validate(options), device)
+    except FileNotFoundError as error:  # what is not among the newest any more may be deleted
+        logger.warning("%s is not judged: %s", uri, error)
+        return {}
+    logger.info("%s at image %d: %.4g", score.metric, score.images_seen, score.value)
+    return {score.metric: score.value}
 
 
 def run(config: TrainConfig) -> None:
@@ -106,8 +169,8 @@ def run(config: TrainConfig) -> None:
         FileNotFoundError: there is no dataset.
         ValueError: options that do not fit the dataset, the run so far, or the cluster.
         PermissionError: the storage cannot be written.
-        NonFiniteLoss: training diverged.
-        StageFailed: workers failed more often than max_failures.
+        StageFailed: training diverged, a checkpoint could not be stored, or workers failed more
+            often than max_failures.
     """
     require(config, "data", "storage", "name")
     if "/" in config.name or config.name.startswith("."):
@@ -118,6 +181,8 @@ def run(config: TrainConfig) -> None:
     manifest, folder = read_manifest(config.data), run_uri(config)
     if not config.dry_run:
         storage.check_writable(folder)
+    if config.validation.reference:
+        validation.check(config, manifest)
     start = None if config.fresh else resume_point(config, manifest)
     if config.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -133,14 +198,19 @@ def run(config: TrainConfig) -> None:
             folder,
         )
         return
+    if start and (why := early_stop(config)):
+        logger.info("%s is finished: %s. Raise --validation.patience to go on.", folder, why)
+        return
     runtime.connect()
-    use_gpu = place(config.workers)
+    use_gpu = place(config)
     if config.fresh and storage.exists(folder):
         logger.info("--fresh: the old run is now at %s", move_aside(folder))
     logger.info(plan(config, manifest, start))
     answer = launch(config, use_gpu=use_gpu)
     if "stopped" in answer:
-        raise NonFiniteLoss(answer["stopped"])
+        raise StageFailed(answer["stopped"])
+    if answer["early"]:
+        logger.info("stopped early: %s", answer["early"])
     logger.info("finished: %d images, %s", answer["images_seen"], answer["checkpoint"])
 
 
@@ -162,13 +232,18 @@ def launch(
     notes = storage.join(run_uri(config), "ray")
     system, path = storage.filesystem(notes)
     # The ignored types are those of Train V1, which ray.train shows to a type checker.
+    numbers = config.world_sizes
     trainer = Trainer(
         worker,  # type: ignore[arg-type]
         train_loop_config=config.model_dump(mode="json"),
         torch_config=ray.train.torch.TorchConfig(
             backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"
         ),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cast(Any, numbers[0] if len(numbers) == 1 else (numbers[0], numbers[-1])),
+            use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=config.resize_every_s,  # type: ignore[call-arg]
+        ),
         run_config=ray.train.RunConfig(
             name=time.strftime("%Y%m%dT%H%M%S"),
             storage_path=path,
@@ -179,7 +254,9 @@ def launch(
                 max_failures=config.max_failures, controller_failure_limit=0
             ),
         ),
+        validation_config=validated(config.validation, use_gpu=use_gpu),
     )
+    trainer.numbers = numbers
     try:
         answer: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
@@ -192,7 +269,18 @@ def launch(
     return answer
 
 
-def place(workers: int) -> bool:
+def validated(config: ValidationConfig, *, use_gpu: bool) -> ray.train.ValidationConfig | None:
+    """How Ray validates checkpoints, if it shall."""
+    if not config.reference:
+        return None
+    return ray.train.ValidationConfig(
+        judge,  # type: ignore[arg-type]
+        ray.train.ValidationTaskConfig(fn_kwargs={"options": config.model_dump(mode="json")}),
+        ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
+    )
+
+
+def place(config: TrainConfig) -> bool:
     """Whether workers get a GPU each, or a CPU each where the cluster has no GPU.
 
     Raises:
@@ -200,25 +288,29 @@ def place(workers: int) -> bool:
     """
     most = runtime.capacity()
     kind = "GPU" if most["GPU"] else "CPU"
-    if workers > most[kind]:
+    fewest, judges = config.world_sizes[0], int(bool(config.validation.reference))
+    if fewest + judges > most[kind]:
+        also = " and the validation of checkpoints" if judges else ""
         raise ValueError(
-            f"--workers {workers}, but the cluster has {most[kind]:.0f} {kind}s and each worker "
-            f"needs one: use at most {most[kind]:.0f} workers, or a larger cluster"
+            f"--workers {config.workers}, but the cluster has {most[kind]:.0f} {kind}s and each "
+            f"worker{also} needs one: use at most {most[kind] - judges:.0f} workers, or a larger "
+            "cluster"
         )
     return kind == "GPU"
 
 
 def plan(config: TrainConfig, manifest: Manifest, start: Checkpoint | None) -> str:
     """What a run will do, in words."""
-    micro_batch, accumulation = config.split(config.workers)
+    each = " or ".join(
+        "{} workers x {} images x {}".format(n, *config.split(n)) for n in config.world_sizes
+    )
     seen = start.meta.images_seen if start else 0
     steps = -(-(config.total_images - seen) // config.global_batch)
     where = f"going on from {start.uri} at" if start else "starting at"
     return (
         f"{run_uri(config)}: {where} image {seen} of {config.total_images} "
         f"({config.total_images / manifest.num_rows:.2f} epochs of {manifest.num_rows}), "
-        f"{steps} steps of {config.global_batch} = {config.workers} workers x "
-        f"{micro_batch} images x {accumulation}"
+        f"{steps} steps of {config.global_batch} = {each}"
     )
 
 

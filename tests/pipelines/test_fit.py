@@ -1,10 +1,6 @@
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,66 +8,11 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jitmodel.config import ModelConfig
 from pipelines import checkpoints, storage
 from pipelines.config import TrainConfig
-from pipelines.fit import LocalContext, NonFiniteLoss, averaged, build, fit
-
-MODEL = ModelConfig(
-    image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
-    in_context_len=2, in_context_start=1, num_classes=10,
-)  # fmt: skip
-
-
-def config_for(data: Path, store: Path, name: str = "run", **changes) -> TrainConfig:
-    """Ten steps of 16 images; a checkpoint every second step."""
-    options = {
-        "data": str(data),
-        "storage": str(store),
-        "name": name,
-        "model": MODEL,
-        "optimizer": {"learning_rate": 1e-3, "warmup_images": 64, "ema_decays": (0.5, 0.9)},
-        "loader": {"lanes": 4, "window": 2},
-        "sampler": {"steps": 2},
-        "parallel": {"precision": "fp32"},
-        "global_batch": 16,
-        "micro_batch": 4,
-        "total_images": 160,
-        "checkpoint_every_images": 32,
-        "grid_every_images": 0,
-        "grid_ema": 0.9,
-        "log_every_steps": 1,
-    }
-    return TrainConfig.model_validate(options | changes)
-
-
-class Killed(RuntimeError):
-    pass
-
-
-class KilledAt(LocalContext):
-    """A process that ends in the middle of a step."""
-
-    def __init__(self, images: int, batch: int = 16) -> None:
-        super().__init__()
-        self.steps_left = images // batch
-
-    def preempted(self) -> bool:
-        self.steps_left -= 1
-        if self.steps_left < 0:
-            raise Killed
-        return False
-
-
-def lines(config: TrainConfig) -> list[dict]:
-    text = Path(config.storage, config.name, "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
-    found = checkpoints.newest(storage.join(config.storage, config.name))
-    assert found is not None
-    return checkpoints.read(found.uri, "")
+from pipelines.fit import LocalContext, averaged, build, fit
+from pipelines.meter import NonFiniteLoss
+from tests.pipelines.runs import MODEL, Killed, KilledAt, config_for, lines, run_on_ranks, tensors
 
 
 def test_a_run_killed_three_times_ends_bit_equal_to_an_unbroken_one(tiny_dataset, tmp_path):
@@ -206,39 +147,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tiny_dataset, t
     assert checkpoints.newest(str(tmp_path / "run")) is None
 
 
-def test_a_save_killed_at_any_point_leaves_the_newest_complete_checkpoint(
-    tiny_dataset, tmp_path, monkeypatch
-):
-    """Each file is one point: the kill comes before it is stored."""
-    staged, points = storage.staged, []
-
-    def until(last: int):
-        def counted(uri: str):
-            if "checkpoints" in uri or "latest" in uri:
-                points.append(uri)
-                if len(points) > last:
-                    raise Killed
-            return staged(uri)
-
-        return counted
-
-    config = config_for(tiny_dataset, tmp_path, total_images=32)
-    fit(config, LocalContext())
-    longer = config.model_copy(update={"total_images": 64})
-    for last in range(4):
-        points.clear()
-        monkeypatch.setattr(storage, "staged", until(last))
-        with pytest.raises(Killed):
-            fit(longer, LocalContext())
-        found = checkpoints.newest(str(tmp_path / "run"))
-        assert found is not None
-        # Shard, .metadata, meta.json, latest.json: from the third on, the new one is complete.
-        assert found.meta.images_seen == (64 if last == 3 else 32)
-
-    monkeypatch.setattr(storage, "staged", staged)
-    assert fit(longer, LocalContext()).images_seen == 64
-
-
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_dataset, tmp_path, caplog):
     fit(config_for(tiny_dataset, tmp_path, total_images=64), LocalContext())
     newest = tmp_path / "run/checkpoints/step_00000004"
@@ -318,44 +226,6 @@ def test_data_and_run_may_live_in_an_object_store(tiny_dataset, tmp_path, bucket
     assert storage.list_files(f"{bucket}/runs/whole/tensorboard")
 
 
-TWO_RANKS = """
-import os, sys
-import torch, torch.distributed as dist
-from pipelines.config import TrainConfig
-from pipelines.fit import LocalContext, NonFiniteLoss, fit
-
-torch.set_num_threads(1)
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo")
-for text in sys.argv[1:]:
-    config = TrainConfig.model_validate_json(text)
-    try:
-        fit(config, LocalContext(rank, 2, torch.device("cpu")))
-    except NonFiniteLoss as error:
-        print("STOPPED", error)
-dist.destroy_process_group()
-"""
-
-
-def run_on_two_ranks(port: int, *configs: TrainConfig) -> list[str]:
-    """Fit on two gloo processes; what each printed."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    texts = [config.model_dump_json() for config in configs]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, *texts],
-            env=os.environ | world | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return outputs
-
-
 def test_two_sharded_ranks_equal_one_process_and_checkpoints_go_both_ways(
     tiny_dataset, tmp_path, free_port
 ):
@@ -367,7 +237,7 @@ def test_two_sharded_ranks_equal_one_process_and_checkpoints_go_both_ways(
     wild = {"learning_rate": 1e30, "warmup_images": 0, "ema_decays": (0.9,)}
     fit(one, LocalContext())
     fit(config("1to2", 80), LocalContext())
-    outputs = run_on_two_ranks(
+    outputs = run_on_ranks(
         free_port, two, config("2to1", 80), config("1to2", 160), config("wild", 160, optimizer=wild)
     )
     fit(config("2to1", 160), LocalContext())
