@@ -15,15 +15,13 @@ import numpy as np
 import torch
 
 from jitmodel.config import Config, FlowConfig, ModelConfig, SamplerConfig
-from jitmodel.model import JiT
 from pipelines import checkpoints, storage
-from pipelines.checkpoints import Checkpoint
 from pipelines.config import TrainConfig, ValidationConfig
 from pipelines.drawing import Plan, draw
-from pipelines.export import read_weights
 from pipelines.features import get_extractor
 from pipelines.metrics import Moments, frechet_distance
-from pipelines.reference import Reference, check_match, read_reference
+from pipelines.models import find_model, load_model
+from pipelines.reference import check_match, read_reference
 from pipelines.shards import Manifest
 
 logger = logging.getLogger(__name__)
@@ -57,15 +55,11 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
         FileNotFoundError: reference or extractor are not there.
         ValueError: they do not fit each other, the model, or the number of images.
     """
-    _plan(config.model, config.flow, config.sampler, config.validation, "", "cpu").check()
+    model = config.model
+    _plan(model, config.flow, config.sampler, config.validation, "", "cpu").check()
     extractor = get_extractor(config.validation.extractor, config.validation.weights).identity
-    check_match(
-        read_reference(config.validation.reference).identity,
-        extractor.as_dict(),
-        config.model.image_size,
-        config.model.num_classes,
-        tuple(manifest.classes),
-    )
+    reference = read_reference(config.validation.reference)
+    check_match(reference, extractor, model.image_size, model.num_classes, tuple(manifest.classes))
 
 
 def _plan(
@@ -95,47 +89,29 @@ def validate(uri: str, config: ValidationConfig, device: torch.device) -> Score:
         FileNotFoundError: the checkpoint, the reference or the extractor is not there.
         ValueError: an image is not finite.
     """
-    found = checkpoints.find(uri)
     run, _, name = uri.rpartition(f"/{checkpoints.FOLDER}/")
     step = int(name.removeprefix("step_"))
     known = [score for score in scores(run, config) if score.step == step]
     if known:
         return known[0]
-    reference = read_reference(config.reference)
-    metric, value = distance(found, config, reference, device)
+    source = find_model(uri, config.ema)
+    model = load_model(source, device)
+    extractor = get_extractor(config.extractor, config.weights, device)
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    digest = source.info.weights_sha256 or ""
+    plan = _plan(model.config, model.flow, source.info.sampler, config, digest, kind)
+    parts = [draw(model, extractor, plan, chunk, device)[0] for chunk in range(plan.num_chunks)]
+    drawn = Moments.of(np.concatenate([part.features for part in parts]))
+    real = read_reference(config.reference).real.pooled
     score = Score(
         step=step,
-        images_seen=found.meta.images_seen,
-        metric=metric,
-        value=value,
+        images_seen=source.info.images_seen,
+        metric=f"{extractor.identity.distance}-{config.num_images}",
+        value=frechet_distance(drawn.mean, drawn.covariance, real.mean, real.covariance),
         identity=identity(config),
     )
     storage.write_json(storage.join(run, FOLDER, f"{name}.json"), score.model_dump(mode="json"))
     return score
-
-
-def distance(
-    found: Checkpoint, config: ValidationConfig, reference: Reference, device: torch.device
-) -> tuple[str, float]:
-    """Name and value of the distance between images of a checkpoint and the reference."""
-    trained = found.meta.config
-    with torch.device("meta"):
-        model = JiT(
-            ModelConfig.model_validate(trained["model"]), FlowConfig.model_validate(trained["flow"])
-        )
-    model.to_empty(device=device)
-    model.load_state_dict(read_weights(found, config.ema))
-    model.init_tables()
-    model.eval().requires_grad_(False)
-    extractor = get_extractor(config.extractor, config.weights, device)
-    plan = _plan(
-        model.config, model.flow, SamplerConfig.model_validate(trained["sampler"]), config,
-        found.uri, "cuda" if device.type == "cuda" else "cpu",
-    )  # fmt: skip
-    parts = [draw(model, extractor, plan, chunk, device)[0] for chunk in range(plan.num_chunks)]
-    moments = Moments.of(np.concatenate([part.features for part in parts]))
-    value = frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
-    return f"{extractor.identity.distance}-{config.num_images}", value
 
 
 def scores(run: str, config: ValidationConfig) -> list[Score]:

@@ -45,27 +45,27 @@ def imagenet_sample() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset folder of 211 (a prime) real images, 28 px, 10 classes, in 3 uneven shards."""
+def _dataset(folder: Path, shards_of: tuple[int, ...]) -> Path:
+    """A dataset folder of the first images of the demo: 28 px, 10 classes."""
     import pyarrow.parquet as pq
 
     from jitmodel.config import ClassInfo
     from pipelines import shards
 
-    folder = tmp_path_factory.mktemp("dataset")
     (folder / "data").mkdir()
-    table = pq.read_table(REPOSITORY / "pipelines/embedded/fashion-mnist.parquet").slice(0, 211)
+    table = pq.read_table(REPOSITORY / "pipelines/embedded/fashion-mnist.parquet")
     classes = [ClassInfo(name=f"class {i}") for i in range(10)]
     rows = [
         shards.Row(r["image"]["bytes"], f"{r['id']}.png", r["label"], i)
-        for i, r in enumerate(table.to_pylist())
+        for i, r in enumerate(table.slice(0, sum(shards_of)).to_pylist())
     ]
-    infos = []
-    for number, part in enumerate((rows[:80], rows[80:160], rows[160:])):
-        file = shards.shard_name(number, 3)
+    infos, first = [], 0
+    for number, count in enumerate(shards_of):
+        file = shards.shard_name(number, len(shards_of))
+        part = rows[first : first + count]
         info = shards.write_shard(folder / file, part, classes, rows_per_group=16)
         infos.append(info.model_copy(update={"file": file}))
+        first += count
     manifest = shards.Manifest(
         fingerprint=shards.fingerprint(classes, infos),
         image_size=28,
@@ -81,6 +81,18 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / shards.MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 211 (a prime) real images, 28 px, 10 classes, in 3 uneven shards."""
+    return _dataset(tmp_path_factory.mktemp("dataset"), (80, 80, 51))
+
+
+@pytest.fixture(scope="session")
+def demo_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 4,096 of the demo's images."""
+    return _dataset(tmp_path_factory.mktemp("demo"), (1024, 1024, 1024, 1024))
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 import json
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,13 @@ from pipelines.config import TrainConfig
 from pipelines.fit import LocalContext, averaged, build, fit
 from pipelines.meter import NonFiniteLoss
 from tests.pipelines.runs import MODEL, Killed, KilledAt, config_for, lines, run_on_ranks, tensors
+
+
+def scalars(run: Path) -> dict[str, list[int]]:
+    """Curves of a run in TensorBoard, and where they have points."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {name: [e.step for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def test_a_run_killed_three_times_ends_bit_equal_to_an_unbroken_one(tiny_dataset, tmp_path):
@@ -32,14 +41,12 @@ def test_a_run_killed_three_times_ends_bit_equal_to_an_unbroken_one(tiny_dataset
     assert any(name.startswith("optimizer.") for name in there)
     for name in there:
         assert torch.equal(there[name], here[name]), name
-    numbers = ("images_seen", "epoch", "loss", "learning_rate", "grad_norm")
+    numbers = ("images_seen", "epoch", "loss", "learning_rate", "grad_norm", "loss_by_t")
     assert [{n: line[n] for n in numbers} for line in lines(broken)] == [
         {n: line[n] for n in numbers} for line in lines(whole)
     ]
     assert [line["images_seen"] for line in lines(broken)] == [48, 96, 144, 160]
-    events = EventAccumulator(str(tmp_path / "broken" / "tensorboard"))
-    events.Reload()
-    assert [e.step for e in events.Scalars("train/loss")] == [48, 96, 144, 160]
+    assert scalars(tmp_path / "broken")["train/loss"] == [48, 96, 144, 160]
 
 
 def test_the_run_folder_holds_what_the_design_says(tiny_dataset, tmp_path, caplog):
@@ -68,7 +75,16 @@ def test_the_run_folder_holds_what_the_design_says(tiny_dataset, tmp_path, caplo
         assert grid.height > 10 * 28
     statuses = [r.message for r in caplog.records if "data wait" in r.message]
     assert len(statuses) == 10
-    assert "images 160/160  epoch 0.76  loss " in statuses[-1]
+    assert re.fullmatch(
+        r"images 160/160  epoch 0\.76  loss \d\.\d{4}  lr 1\.00e-03  grad \d+\.\d{3}  "
+        r"\d+\.\d images/s  MFU -  data wait \d+\.\d%  memory \d\.\d\d GiB  left 0 s",
+        statuses[-1],
+    )
+    levels = lines(config)[-1]["loss_by_t"]
+    assert len(levels) == 10
+    assert sum(level is not None for level in levels) > 5  # 16 images in each line
+    assert "train/loss_by_t/3" in scalars(run)
+    assert "health/seams_real" in scalars(run)
 
 
 def test_accumulation_does_not_change_the_result(tiny_dataset, tmp_path):
@@ -81,6 +97,41 @@ def test_accumulation_does_not_change_the_result(tiny_dataset, tmp_path):
     there = tensors(at_once)
     for name, tensor in tensors(pieces).items():
         assert torch.allclose(tensor, there[name], atol=1e-6), name
+
+
+def test_thirty_steps_are_the_same_at_one_two_and_four_ranks(tiny_dataset, tmp_path, free_port):
+    recording = """
+import json
+from pipelines import fit as module
+on, drawn = module._on, {}
+def write_down(device, batch):
+    drawn.update(zip(batch.index.tolist(), batch.id.tolist()))
+    return on(device, batch)
+module._on = write_down
+import atexit
+atexit.register(lambda: print("IDS", json.dumps(drawn)))
+"""
+    options = {"learning_rate": 2e-4, "warmup_images": 64, "ema_decays": (0.9,)}
+    found, ids = {}, {}
+    for world_size in (1, 2, 4):
+        config = config_for(
+            tiny_dataset, tmp_path, f"of-{world_size}", total_images=480, optimizer=options,
+            checkpoint_every_images=480,
+        )  # fmt: skip
+        outputs = run_on_ranks(free_port, config, world_size=world_size, prelude=recording)
+        found[world_size] = tensors(config)
+        shares = [json.loads(out[out.index("IDS") + 4 :].splitlines()[0]) for out in outputs]
+        ids[world_size] = {
+            int(i): id for share in shares for i, id in share.items() if int(i) < 480
+        }
+        assert sum(len(share) for share in shares) == 480
+
+    assert sorted(ids[1]) == list(range(480))
+    assert ids[1] == ids[2] == ids[4]
+    for world_size in (2, 4):
+        for name, tensor in found[1].items():
+            other = found[world_size][name]
+            assert torch.allclose(other, tensor, rtol=1e-5, atol=1e-5), (world_size, name)
 
 
 def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(tiny_dataset, tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pipelines import checkpoints, storage, train, validation
-from pipelines.config import ReferenceConfig, TrainConfig, ValidationConfig
+from pipelines.config import TrainConfig, ValidationConfig
 from pipelines.features import get_extractor
 from pipelines.fit import LocalContext, fit
-from pipelines.reference import ReferenceIdentity, shard_statistics, write_reference
+from pipelines.reference import DatasetImages, ReferenceIdentity, extract, write_reference
 from pipelines.shards import read_manifest
 from pipelines.validation import Score, best, identity, scores, validate, verdict
 from tests.pipelines.runs import config_for, run_on_ranks
@@ -138,17 +138,16 @@ def test_the_verdict_counts_from_the_best_score_and_an_equal_one_is_not_better()
 
 @pytest.fixture(scope="module")
 def reference(tiny_dataset, tmp_path_factory) -> str:
-    """Statistics of one shard of the tiny dataset."""
-    data = str(tiny_dataset)
-    manifest = read_manifest(data)
-    extractor = get_extractor(ReferenceConfig().extractor)
-    moments, kept = shard_statistics(data, manifest, 0, 80, extractor, torch.device("cpu"))
+    """Statistics of the first 80 images of the tiny dataset."""
+    images = DatasetImages(str(tiny_dataset), read_manifest(str(tiny_dataset)), 80)
+    extractor = get_extractor(ValidationConfig().extractor)
     identity = ReferenceIdentity(
-        extractor=extractor.identity.as_dict(), image_size=28, classes=tuple(manifest.classes),
-        num_images=80, dataset_fingerprint=manifest.fingerprint, versions={},
+        extractor=extractor.identity.as_dict(), image_size=28, classes=images.classes,
+        num_images=80, dataset_fingerprint=images.fingerprint, versions={},
     )  # fmt: skip
+    pieces = [extract(images, piece, extractor, torch.device("cpu")) for piece in images.pieces]
     uri = str(tmp_path_factory.mktemp("reference") / "reference.npz")
-    write_reference(uri, identity, moments, kept)
+    write_reference(uri, identity, iter(pieces))
     return uri
 
 

@@ -1,0 +1,217 @@
+"""A run on a cluster whose nodes come and go: a real Ray cluster of several nodes, one machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from pipelines import checkpoints
+from pipelines.loader import Loader
+from pipelines.shards import read_manifest
+from pipelines.train import WholeLanes
+from tests.pipelines.runs import config_for
+
+STORY = """
+import json, logging, os, sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from ray._private.test_utils import wait_for_condition
+from pipelines import fit, train
+from pipelines.config import TrainConfig
+
+def slow_worker(options):
+    "A worker that takes its time for a step, and writes down what it trains on."
+    on, passed = fit._on, []
+    def write_down(device, batch):
+        rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        with Path(options["storage"], f"ids-{os.getpid()}.jsonl").open("a") as file:
+            file.write(json.dumps([int(world), batch.index.tolist(), batch.id.tolist()]) + "\\n")
+        time.sleep(0.15)
+        return on(device, batch)
+    fit._on = write_down
+    return train.worker(options)
+
+def seen():
+    try:
+        lines = Path(config.storage, config.name, "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["images_seen"]
+    except (OSError, IndexError):
+        return 0
+
+def worlds():
+    found = set()
+    for file in Path(config.storage).glob("ids-*.jsonl"):
+        lines = file.read_text().splitlines()
+        found |= {json.loads(line)[0] for line in lines[-1:] if line.endswith("]]")}
+    return found
+
+def latest_world():
+    files = sorted(Path(config.storage).glob("ids-*.jsonl"), key=lambda f: f.stat().st_mtime)
+    lines = [l for l in files[-1].read_text().splitlines() if l.endswith("]]")] if files else []
+    return json.loads(lines[-1])[0] if lines else 0
+
+def until(what, condition, timeout=150):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout, f"waited in vain until {what}"
+        assert training.is_alive(), f"training ended before {what}: {outcome}"
+        time.sleep(0.2)
+    print("STORY", what, seen(), flush=True)
+
+config = TrainConfig.model_validate_json(sys.argv[1])
+events = sys.argv[2:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
+ray.init(address=cluster.address, logging_level="WARNING")
+outcome = []
+def run():
+    try:
+        outcome.append(train.launch(config, use_gpu=False, worker=slow_worker))
+    except BaseException as error:
+        outcome.append(repr(error))
+training = threading.Thread(target=run, daemon=True)
+training.start()
+until("training has begun", lambda: seen() >= 64)
+for event in events:
+    if event == "lose":
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        before = seen()
+        until("it goes on with two workers", lambda: latest_world() == 2 and seen() > before + 32)
+    elif event == "gain":
+        nodes.append(cluster.add_node(num_cpus=2))
+        before = seen()
+        until("it has grown to four workers", lambda: latest_world() == 4 and seen() > before + 32)
+    elif event == "notice":
+        from ray._private.worker import global_worker
+        gcs = ray._raylet.GcsClient(address=cluster.gcs_address)
+        import binascii
+        taken, reason = gcs.drain_node(
+            nodes[-1].node_id, 2, "the cloud takes it back", int(time.time() * 1000) + 30_000
+        )
+        assert taken, reason
+        run_folder = Path(config.storage, config.name, "checkpoints")
+        every = config.checkpoint_every_images // config.global_batch
+        def unscheduled():
+            return [p for p in run_folder.glob("step_*/meta.json")
+                    if int(p.parent.name[5:]) % every]
+        until("a checkpoint was saved at the notice", unscheduled, timeout=30)
+        before = seen()
+        time.sleep(1)
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        until("it goes on without that node", lambda: latest_world() == 2 and seen() > before + 32)
+training.join(300)
+print("OUTCOME", json.dumps(outcome), flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def tell(story: list[str], config) -> tuple[list[str], dict]:
+    """Run a story in a process of its own; its events, and the answer of the run."""
+    folder = tempfile.mkdtemp(prefix="je", dir="/tmp")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", STORY, config.model_dump_json(), *story],
+            env=os.environ | {"RAY_TMPDIR": folder, "RAY_health_check_period_ms": "1000"},
+            capture_output=True,
+            text=True,
+            timeout=580,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    lines = done.stdout.splitlines()
+    (answer,) = json.loads(next(s for s in lines if s.startswith("OUTCOME"))[8:])
+    assert isinstance(answer, dict), answer
+    return [s for s in lines if s.startswith("STORY")], answer
+
+
+def batches_were_those_of_an_unbroken_run(data: Path, config) -> None:
+    """Every id that was ever drawn for a place is the one that belongs there."""
+    loader = Loader(
+        str(data), read_manifest(str(data)), config.loader, seed=config.seed,
+        global_batch=config.global_batch,
+    )  # fmt: skip
+    expected: dict[int, int] = {}
+    stream = loader.batches()
+    while len(expected) < config.total_images:
+        batch = next(stream)
+        expected |= dict(zip(batch.index.tolist(), batch.id.tolist(), strict=True))
+    stream.close()
+    drawn: dict[int, int] = {}
+    for file in Path(config.storage).glob("ids-*.jsonl"):
+        for line in file.read_text().splitlines():
+            if not line.endswith("]]"):
+                continue  # its process was killed here
+            _, index, ids = json.loads(line)
+            for place, id in zip(index, ids, strict=True):
+                if place < config.total_images:
+                    assert expected[place] == id
+                    drawn[place] = id
+    assert sorted(drawn) == list(range(config.total_images))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tiny_dataset, tmp_path):
+    config = config_for(
+        tiny_dataset, tmp_path, workers="2:4", total_images=16 * 400, checkpoint_every_images=64,
+        resize_every_s=2, max_failures=5, micro_batch=16,
+    )  # fmt: skip
+
+    story, answer = tell(["lose", "gain"], config)
+
+    assert len(story) == 3, story
+    assert answer["images_seen"] == 16 * 400
+    found = checkpoints.newest(str(tmp_path / "run"))
+    assert found is not None
+    assert found.meta.images_seen == 16 * 400
+    batches_were_those_of_an_unbroken_run(tiny_dataset, config)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_notice_that_a_node_will_go_makes_a_checkpoint_in_time(tiny_dataset, tmp_path):
+    config = config_for(
+        tiny_dataset, tmp_path, workers="2:4", total_images=16 * 300, checkpoint_every_images=1600,
+        max_failures=5, micro_batch=16, keep_checkpoints=9,
+    )  # fmt: skip
+
+    story, answer = tell(["notice"], config)
+
+    assert len(story) == 3, story
+    assert answer["images_seen"] == 16 * 300
+    batches_were_those_of_an_unbroken_run(tiny_dataset, config)
+
+
+def test_an_elastic_run_has_only_numbers_of_workers_that_share_evenly(tiny_dataset, tmp_path):
+    def world_sizes(workers: str, **changes) -> list[int]:
+        return config_for(tiny_dataset, tmp_path, workers=workers, **changes).world_sizes
+
+    big = {"loader": {"lanes": 64}, "global_batch": 1024, "micro_batch": 128}
+    assert world_sizes("2:8", **big) == [2, 4, 8]
+    assert world_sizes("3:40", **big) == [4, 8, 16, 32]
+    assert world_sizes("2", **big) == [2]
+    with pytest.raises(ValueError, match=r"workers 5:7: none of these numbers deals .*lanes 64"):
+        world_sizes("5:7", **big)
+    with pytest.raises(ValueError, match="workers 8:2: 8 is more than 2"):
+        world_sizes("8:2", **big)
+    with pytest.raises(ValueError, match="String should match pattern"):
+        world_sizes("2-8", **big)
+
+
+@pytest.mark.parametrize(("room", "expected"), [(9, 8), (8, 8), (7, 4), (3, 2), (1, 0)])
+def test_room_for_seven_workers_is_used_by_four(room: int, expected: int):
+    import ray.train
+
+    scaling = ray.train.ScalingConfig(num_workers=(2, 8))
+    policy = WholeLanes(scaling, [2, 4, 8])
+
+    assert policy._count_possible_workers({"node": {"CPU": float(room)}}) == expected
