@@ -330,6 +330,17 @@ class ReferenceConfig(StageConfig):
     """Extracting processes; 0 means one for each CPU or GPU of the cluster."""
 
 
+class WeightsConfig(StageConfig):
+    """Weights of a feature extractor, from the internet."""
+
+    extractor: Literal["inception"] = "inception"
+    """Whose weights; those of efflite0 come with its package."""
+    output: str = ""
+    """URI of the file to write; by default the place where this machine looks for it."""
+    timeout_s: PositiveFloat = 30.0
+    """Longest silence of the server."""
+
+
 class SamplerChoice(Config):
     """How images are drawn, where it shall not be as the artifact recommends."""
 

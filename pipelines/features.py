@@ -5,8 +5,11 @@ features. Known are:
 
 - `efflite0`: EfficientNet-Lite0 with ImageNet weights, which ship in a package (extra `demo`).
 - `inception`: torch-fidelity's port of the Inception network that FID is defined with. Its weights
-  are a file that the user gives; nothing is ever downloaded here. Only the standard file, known by
-  its sha256, may lend its name to a metric: with any other the metric is called FD-<extractor>.
+  are a file that the user gives, or that `jit weights inception` has fetched; nothing is downloaded
+  here. Only the standard file, known by its sha256, may lend its name to a metric: with any other
+  the metric is called FD-<extractor>. It alone has spatial features.
+- `dinov2`: the class token of a DINOv2, from a file that the user gives. It knows no classes, so
+  there is no Inception Score.
 
 Weights are read as plain tensors: a file that would run code is refused. Networks are made quick
 without changing what they compute: batch norms folded into their convolutions, channels last, and
@@ -28,15 +31,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from pipelines.storage import fetch
+from pipelines.dinov2 import load_dinov2
+from pipelines.storage import cache_folder, fetch
 
 CPU_SLICE = 4
 """Images that go through a network at once on a CPU: their activations then stay in its cache."""
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_HOME = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
+INCEPTION_URL = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def get_extractor(name: str, weights: str = "", device: str | torch.device = "cp
     """The extractor of that name, ready on a device.
 
     Args:
-        name: "efflite0" or "inception".
+        name: "efflite0", "inception" or "dinov2".
         weights: URI of the weights file; "" is the file of the package, where there is one.
         device: where it runs.
 
@@ -126,7 +133,9 @@ def get_extractor(name: str, weights: str = "", device: str | torch.device = "cp
         return _efflite0(weights, torch.device(device))
     if name == "inception":
         return _inception(weights, torch.device(device))
-    raise ValueError(f"unknown extractor {name!r}: choose efflite0 or inception")
+    if name == "dinov2":
+        return _dinov2(weights, torch.device(device))
+    raise ValueError(f"unknown extractor {name!r}: choose efflite0, inception or dinov2")
 
 
 def _efflite0(weights: str, device: torch.device) -> Extractor:
@@ -174,16 +183,16 @@ def _inception(weights: str, device: torch.device) -> Extractor:
     The spatial features are ADM's for sFID (Nash et al., arXiv 2103.03841): the first 7 channels of
     TensorFlow's layer `mixed_6/conv`, 17 x 17 pixels, channels last.
     """
-    if not weights:
+    if not weights and not standard_inception().exists():
         raise FileNotFoundError(
-            f"extractor inception needs its weights as a file: get {INCEPTION_FILE} from "
-            f"{INCEPTION_HOME} and pass --weights URI"
+            "extractor inception needs its weights as a file: run `jit weights inception` where "
+            f"there is internet, or get {INCEPTION_URL} and pass --weights URI"
         )
     from torch_fidelity.feature_extractor_inceptionv3 import (
         FeatureExtractorInceptionV3,
     )
 
-    path = _fetch(weights)
+    path = _fetch(weights or str(standard_inception()))
     content, sha256 = _read_weights(path)
     try:
         # It unpickles freely, which is harmless only because _read_weights has looked first.
@@ -207,6 +216,43 @@ def _inception(weights: str, device: torch.device) -> Extractor:
     name = "inception" if sha256 == INCEPTION_SHA256 else f"inception-{sha256[:8]}"
     identity = Identity(name, sha256, 299, "bilinear-tensorflow1", 2048, 1008, 7 * 17 * 17)
     return Extractor(identity, forward)
+
+
+def standard_inception() -> Path:
+    """Where `jit weights inception` leaves the file on this machine."""
+    return cache_folder() / INCEPTION_FILE
+
+
+def _dinov2(weights: str, device: torch.device) -> Extractor:
+    """DINOv2's class token, as torch-fidelity 0.4.0 takes it: TensorFlow-like resize to 224.
+
+    torch-fidelity gets network and weights from torch.hub and takes no file; here it is the same
+    network, on the file that is given. There is no standard file, so its digest is in every name.
+    """
+    if not weights:
+        raise FileNotFoundError(
+            "extractor dinov2 needs its weights as a file: get dinov2_vitl14_pretrain.pth (or "
+            "vits, vitb, vitg) where there is internet, and pass --weights URI"
+        )
+    path = _fetch(weights)
+    content, sha256 = _read_weights(path)
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        network = load_dinov2(state)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(_not_the_network(path, error)) from error
+    network = network.eval().requires_grad_(False).to(device)
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None] * 255
+    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None] * 255
+
+    def forward(pixels: Tensor) -> tuple[Tensor]:
+        x = interpolate_bilinear_2d_like_tensorflow1x(
+            pixels.float(), size=(224, 224), align_corners=False
+        )
+        return (network((x - mean) / std),)
+
+    name = f"dinov2-vit{network.letter}14-{sha256[:8]}"
+    return Extractor(Identity(name, sha256, 224, "bilinear-tensorflow1", network.width, 0), forward)
 
 
 def _fetch(weights: str) -> Path:

@@ -395,7 +395,7 @@ def fetch(uri: str) -> Path:
     if not objects:
         raise FileNotFoundError(NOTHING_THERE.format(uri=uri))
     digest = hashlib.sha256(repr((uri, objects)).encode()).hexdigest()[:20]
-    cache = Path(os.environ.get("JIT_CACHE") or Path.home() / ".cache" / "jit-on-ray")
+    cache = cache_folder()
     target = cache / digest / Path(key).name
     if target.exists():
         return target
@@ -410,6 +410,11 @@ def fetch(uri: str) -> Path:
         with contextlib.suppress(OSError):  # another process was quicker
             top.rename(cache / digest)
     return target
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept."""
+    return Path(os.environ.get("JIT_CACHE") or Path.home() / ".cache" / "jit-on-ray")
 
 
 def copy_in(path: Path, uri: str) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import os
+import random
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +29,13 @@ from PIL import Image
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ClassInfo, FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
-from pipelines import shards
+from pipelines import shards, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, SamplerChoice
 from pipelines.drawing import Plan, device_name, draw_batch, read_part
 from pipelines.evaluate import run, run_reference
 from pipelines.images import encode
 from pipelines.reference import is_kept, read_reference
+from tests.pipelines.conftest import FaultyStore
 
 MODEL = ModelConfig(
     image_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8,
@@ -35,14 +44,18 @@ MODEL = ModelConfig(
 CLASSES = tuple(ClassInfo(name=name) for name in ("cat", "dog", "fox", "owl"))
 
 
-def make_artifact(folder: Path, **changes: object) -> Path:
+def make_artifact(
+    folder: Path, shape: ModelConfig = MODEL, broken_class: int | None = None, **changes: object
+) -> Path:
     """A small untrained model whose output depends on every weight."""
-    model = JiT(MODEL)
+    model = JiT(shape)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2, generator=generator)
+    if broken_class is not None:
+        model.y_embedder.embedding_table.weight.data[broken_class] = torch.nan
     info = ArtifactInfo(
-        model=MODEL, sampler=SamplerConfig(steps=3), classes=CLASSES, ema_decay=0.9999
+        model=shape, sampler=SamplerConfig(steps=3), classes=CLASSES, ema_decay=0.9999
     )
     save_artifact(folder, model.state_dict(), info.model_copy(update=changes))
     return folder
@@ -312,34 +325,248 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.ray
-def test_a_driver_that_is_killed_goes_on_where_it_was(
-    artifact: Path, reference: Path, tmp_path: Path
+def test_images_of_another_size_are_judged_at_the_references_and_agree_with_the_kept_files(
+    reference: Path, tmp_path: Path
 ):
-    output, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [
-        sys.executable, "-m", "pipelines.evaluate", "--model", str(artifact),
-        "--reference", str(reference), "--output", str(output), "--num-images", "200",
-        "--batch", "2", "--chunk-batches", "2", "--precision", "fp32", "--sampler.steps", "20",
+    large = make_artifact(tmp_path / "large", MODEL.model_copy(update={"image_size": 32}))
+    output = tmp_path / "output"
+    with pytest.raises(
+        ValueError, match=r"images of 16 pixels, those to be judged have 32: .*-res"
+    ):
+        run(config(large, reference, output))
+
+    run(config(large, reference, output, resize=True, keep_images="png"))
+
+    report = json.loads((output / "report.json").read_text())
+    assert report["identity"]["resize"] == "32 to 16, Pillow bicubic"
+    images = [np.asarray(Image.open(f)) for f in sorted((output / "images").iterdir())]
+    assert {image.shape for image in images} == {(16, 16, 3)}
+    digests = [hashlib.sha256(image.transpose(2, 0, 1).tobytes()).digest() for image in images]
+    assert hashlib.sha256(b"".join(digests)).hexdigest() == report["identity"]["pixels_sha256"]
+    command = (output / "report.md").read_text().partition("Do it again:")[2]
+    assert "--resize" in command
+    assert "--keep-images png" in command
+
+
+@pytest.mark.ray
+def test_a_foreign_reference_gives_what_its_moments_suffice_for(
+    artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    features = np.random.default_rng(0).normal(size=(100, 1280))
+    np.savez(tmp_path / "ref.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match=r"about 2048 features .* efflite0 has 1280"):
+        run(config(artifact, tmp_path / "inception.npz", tmp_path / "output"))
+    with pytest.raises(ValueError, match=r"--resize needs a reference that tells its image size"):
+        run(config(artifact, tmp_path / "ref.npz", tmp_path / "output", resize=True))
+
+    run(config(artifact, tmp_path / "ref.npz", tmp_path / "output"))
+
+    report = json.loads((tmp_path / "output" / "report.json").read_text())
+    assert "FD-efflite0_high" in report["metrics"]
+    assert "KID-efflite0" not in report["metrics"]
+    assert "was taken on trust" in caplog.text
+
+
+@pytest.mark.ray
+def test_a_model_that_diverges_is_named_by_its_image_and_leaves_no_report(
+    reference: Path, tmp_path: Path
+):
+    broken = make_artifact(tmp_path / "broken", broken_class=2)
+
+    with pytest.raises(ValueError, match=r"image \d+ of class 2 is not finite: the model diverged"):
+        run(config(broken, reference, tmp_path / "output"))
+
+    assert not (tmp_path / "output" / "report.json").exists()
+
+
+DRIVER = """
+import sys, ray
+ray.init(
+    num_cpus=8, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv[1]
+)
+from pipelines.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def evaluate_command(
+    short_tmp: Path, artifact: Path, reference: Path, output: Path, workers: int
+) -> list[str]:
+    """240 images in 60 chunks, drawn by a driver with a cluster of eight logical CPUs."""
+    return [
+        sys.executable, "-c", DRIVER, str(short_tmp), "evaluate", "--model", str(artifact),
+        "--reference", str(reference), "--output", str(output), "--num-images", "240",
+        "--batch", "2", "--chunk-batches", "2", "--precision", "fp32", "--sampler.steps", "12",
+        "--workers", str(workers),
     ]  # fmt: skip
 
-    with subprocess.Popen(command, start_new_session=True) as first:
-        while len(list((output / "features").glob("part-*"))) < 5:
-            assert first.poll() is None, "it ended before it could be killed"
-            time.sleep(0.05)
-        first.kill()
-    done = {p.name: p.stat().st_mtime_ns for p in (output / "features").glob("part-*")}
-    second = subprocess.run(command, check=True, capture_output=True, text=True)
 
-    assert 5 <= len(done) < 50
-    assert " of 200 images are there already" in second.stderr
-    for name, written in done.items():
-        assert (output / "features" / name).stat().st_mtime_ns == written
-    sampler = SamplerChoice(steps=20)
-    run(config(artifact, reference, whole, num_images=200, sampler=sampler, workers=2))
-    digests = [
-        json.loads((folder / "report.json").read_text())["identity"]["pixels_sha256"]
-        for folder in (output, whole)
-    ]
-    assert digests[0] == digests[1]
+def digest_of(output: Path) -> str:
+    return json.loads((output / "report.json").read_text())["identity"]["pixels_sha256"]
+
+
+@pytest.fixture(scope="module")
+def drawn_alone(
+    artifact: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Digest of the 240 images as one worker draws them."""
+    output, short = tmp_path_factory.mktemp("alone"), Path(tempfile.mkdtemp(dir="/tmp"))
+    command = evaluate_command(short, artifact, reference, output, 1)
+    subprocess.run(command, check=True, capture_output=True)
+    yield digest_of(output)
+    shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_any_number_of_workers_draws_the_same_pixels(
+    artifact: Path, reference: Path, drawn_alone: str, tmp_path: Path, short_tmp: Path, workers: int
+):
+    command = evaluate_command(short_tmp, artifact, reference, tmp_path, workers)
+
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+
+    assert finished.stderr.count("worker: process ") >= min(workers, 2)
+    assert digest_of(tmp_path) == drawn_alone
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_after_twenty_random_kills_the_pixels_are_the_same_and_no_chunk_was_published_twice(
+    artifact: Path, reference: Path, drawn_alone: str, tmp_path: Path, short_tmp: Path
+):
+    rng = random.Random(0)
+    output, log = tmp_path / "killed", tmp_path / "log"
+    command = evaluate_command(short_tmp, artifact, reference, output, 3)
+    published: dict[str, int] = {}
+    kills: Counter[str] = Counter()
+
+    def look() -> int:
+        """Chunks that are there; each must stay what it was."""
+        for path in (output / "features").glob("part-*"):
+            written = path.stat().st_mtime_ns
+            assert published.setdefault(path.name, written) == written, f"{path.name}: twice"
+        return len(published)
+
+    driver = None
+    while kills.total() < 20:
+        if driver is None:
+            with log.open("w") as file:
+                driver = subprocess.Popen(command, stderr=file, stdout=file)
+        before = look()
+        while look() == before:  # at least one chunk between two kills, so that it must end
+            assert driver.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        workers = [int(n) for n in re.findall(r"worker: process (\d+)", log.read_text())]
+        alive = [pid for pid in workers if Path(f"/proc/{pid}/stat").exists()]
+        if kills.total() % 5 == 4 or not alive:
+            driver.kill()
+            driver.wait()
+            driver = None
+            kills["driver"] += 1
+        else:
+            os.kill(rng.choice(alive), signal.SIGKILL)
+            kills["worker"] += 1
+    if driver is not None:
+        driver.wait()
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+
+    assert look() == 60
+    assert kills["driver"] >= 4
+    assert "images are there already" in finished.stderr
+    assert digest_of(output) == drawn_alone
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_disk_that_fills_up_is_said_in_one_sentence_and_what_is_finished_is_kept(
+    artifact: Path, reference: Path, tmp_path: Path, short_tmp: Path
+):
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("needs `unshare -rm` for a small disk")
+    output = tmp_path / "output"
+    output.mkdir()
+    command = evaluate_command(short_tmp, artifact, reference, output, 2)
+    script = f"""
+        mount -t tmpfs -o size=400k none {output}
+        {shlex.join(command)} 2> {tmp_path}/first; echo $? > {tmp_path}/code
+        mount -o remount,size=100m {output}
+        {shlex.join(command)} 2> {tmp_path}/second && cp {output}/report.json {tmp_path}
+    """
+
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], check=True)
+
+    said = [s for s in (tmp_path / "first").read_text().splitlines() if s.startswith("error:")]
+    assert len(said) == 1
+    assert "No space left on device): make room and run the same command again" in said[0]
+    assert (tmp_path / "code").read_text().strip() == "1"
+    there = re.search(r"(\d+) of 240 images are there already", (tmp_path / "second").read_text())
+    assert there
+    assert int(there[1]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_evaluation_into_a_store_that_fails_has_the_same_pixels(
+    artifact: Path,
+    reference: Path,
+    drawn_alone: str,
+    tmp_path: Path,
+    short_tmp: Path,
+    faulty_store: FaultyStore,
+    faulty_environment: dict[str, str],
+):
+    command = evaluate_command(short_tmp, artifact, reference, Path("OUT"), 2)
+    command[command.index("OUT")] = "s3://bucket/evaluation"
+    environment = {**os.environ, **faulty_environment, "JIT_CACHE": str(tmp_path)}
+
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    faulty_store.code_after = (0, "AccessDenied")
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+
+    assert faulty_store.seen["reset"] + faulty_store.seen["slow_down"] > 20
+    assert refused.returncode == 2
+    said = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "the store refuses the credentials (AccessDenied)" in said[0]
+    faulty_store.code_after = None
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in faulty_environment.items():
+            patch.setenv(name, value)
+        report = storage.read_json("s3://bucket/evaluation/report.json")
+    assert report["identity"]["pixels_sha256"] == drawn_alone
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_reference_that_is_killed_goes_on_and_ends_as_the_same_file(
+    dataset: Path, reference: Path, tmp_path: Path, short_tmp: Path
+):
+    output = tmp_path / "killed.npz"
+    command = [
+        sys.executable, "-c", DRIVER, str(short_tmp), "reference", str(dataset), "--output",
+        str(output), "--workers", "1",
+    ]  # fmt: skip
+    pieces = Path(f"{output}.pieces")
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as first:
+        while not list(pieces.glob("*.npz")):
+            assert first.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        first.kill()
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+
+    extracted = re.findall(r"extracted (\d+) of 40 images", finished.stderr)
+    assert len(extracted) < 3  # of three pieces
+    assert output.read_bytes() == reference.read_bytes()
+    assert not pieces.exists()
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "is finished already" in again.stderr
+    command[command.index("--workers") :] = ["--num-images", "20"]
+    other = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "num_images is 40 there, 20 here" in other.stderr
+    assert other.returncode == 2
