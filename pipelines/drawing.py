@@ -14,6 +14,7 @@ import logging
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+import jitmodel
 from jitmodel.config import Config, FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
 from jitmodel.pixels import to_pixels
@@ -65,6 +67,8 @@ class Plan(Config):
     device: Literal["cpu", "cuda"]
     torch: str
     """Version that draws: another one may round differently."""
+    code: str
+    """Digest of the sources that draw: others may add in another order."""
 
     def check(self) -> Self:
         """This plan, if it can be carried out.
@@ -162,6 +166,14 @@ class Part:
     """PNGs of the images for the report, by index."""
     device: str
     """What drew them."""
+
+
+def code_sha256() -> str:
+    """Digest of the sources that decide how an image is drawn."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(jitmodel.__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def device_name(device: torch.device) -> str:

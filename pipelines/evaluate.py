@@ -25,8 +25,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from pipelines import evaluation, lease, report, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, StageFailed, require
 from pipelines.evaluation import (
@@ -108,7 +106,7 @@ def run(config: EvaluateConfig) -> None:
             )
         if reference.identity.image_size != info.model.image_size:
             resize = reference.identity.image_size
-    plan = make_plan(config, source, extractor, resize)
+    here = plan = make_plan(config, source, extractor, resize)
     check_match(reference, extractor, plan.image_size, info.model.num_classes, info.classes)
     if config.dry_run:
         print(
@@ -120,8 +118,8 @@ def run(config: EvaluateConfig) -> None:
         return
     stored = stored_plan(config.output)
     if stored:
-        # What has been drawn is judged on any machine, so these two matter only for drawing.
-        plan = plan.model_copy(update={"device": stored.device, "torch": stored.torch})
+        # What has been drawn is judged anywhere, so what draws matters only for drawing.
+        plan = here.model_copy(update=stored.model_dump(include={"device", "torch", "code"}))
         refuse_another(config.output, stored, plan)
     job = Job(source, plan, storage.absolute(config.output), config.keep_images)
     missing = missing_chunks(job) if stored else list(range(plan.num_chunks))
@@ -131,7 +129,7 @@ def run(config: EvaluateConfig) -> None:
         storage.check_writable(config.output)
         workers, gpu = fleet(config.workers, len(missing))
         device = "cuda" if gpu else "cpu"
-        plan = plan.model_copy(update={"device": device, "torch": torch.__version__})
+        plan = here.model_copy(update={"device": device})
         if stored:
             refuse_another(config.output, stored, plan)
         job = job._replace(plan=plan)

@@ -28,6 +28,7 @@ from pipelines.drawing import (
     Part,
     Plan,
     channels_last,
+    code_sha256,
     differences,
     draw,
     part_uri,
@@ -121,6 +122,7 @@ def make_plan(
         compile=config.compile,
         device="cpu",
         torch=torch.__version__,
+        code=code_sha256(),
     ).check()
 
 

@@ -12,7 +12,7 @@ import platform
 import sys
 from pathlib import Path
 
-SUBJECTS = ("model", "prepare", "loader", "fit", "memory", "shuffle", "serve")
+SUBJECTS = ("model", "prepare", "loader", "fit", "memory", "shuffle", "evaluate", "serve")
 
 
 def main() -> None:

@@ -116,6 +116,7 @@ def a_plan(**changes: object) -> Plan:
         "num_images": 24, "batch": 5, "chunk_batches": 2, "seed": 0, "precision": "fp32",
         "sampler": SamplerConfig(steps=2), "model": MODEL, "flow": FlowConfig(),
         "weights_sha256": "0", "extractor": {"name": "none"}, "device": "cpu", "torch": "2",
+        "code": "0",
     }  # fmt: skip
     return Plan(**{**fields, **changes})
 
@@ -278,6 +279,13 @@ def test_any_fleet_draws_the_same_bytes_whoever_dies_and_a_second_run_draws_what
     changes = {"sampler": SamplerChoice(cfg_scale=1.5), "seed": 7}
     with pytest.raises(ValueError, match=r"sampler.cfg_scale is 2.9 there, 1.5 here; seed is 0"):
         run(config(artifact, reference, one, **changes))
+
+    # So is going on with other sources, which may round differently; judging needs none.
+    plan = json.loads((one / "plan.json").read_text())
+    plan["plan"]["code"] = "another"
+    (one / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match=r"code is another there, [0-9a-f]{16} here"):
+        run(config(artifact, reference, one))
     assert read_part(str(one / "features" / parts[0]), a_plan(), 0) is None
 
 
