@@ -17,7 +17,7 @@ import torch
 from jitmodel.config import Config, FlowConfig, ModelConfig, SamplerConfig
 from pipelines import checkpoints, storage
 from pipelines.config import TrainConfig, ValidationConfig
-from pipelines.drawing import Plan, draw
+from pipelines.drawing import Plan, code_sha256, draw
 from pipelines.features import get_extractor
 from pipelines.metrics import Moments, frechet_distance
 from pipelines.models import find_model, load_model
@@ -79,6 +79,7 @@ def _plan(
         extractor={},
         device=device,
         torch=torch.__version__,
+        code=code_sha256(),
     )
 
 
