@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 from jitmodel.config import ModelConfig
 
 PEAK_BF16 = {
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12,
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12,
 }  # fmt: skip
 """Dense bf16 operations a second of a device, from the makers' data sheets, by a part of the name
 that torch.cuda.get_device_name gives."""

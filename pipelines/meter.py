@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jitmodel.flops import train_flops
+from jitmodel import cost
 from jitmodel.state import StepResult, TrainState
 from pipelines.config import StageFailed, TrainConfig
 from pipelines.loader import Batch
@@ -23,17 +23,6 @@ LEVELS = 10
 """Bins of t, between noise (0) and image (1), in which losses are told apart."""
 Levels = tuple[tuple[float, ...], ...]
 """Sum and number of the losses of each bin."""
-
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-    "B200": 2250.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-}
-"""Dense bf16 peaks that NVIDIA states, by a part of the device's name; the first that fits."""
 
 
 class Place(Protocol):
@@ -77,8 +66,8 @@ class Meter:
         self.config, self.place, self.num_rows = config, place, num_rows
         self.losses = list(losses)
         self.waited = 0.0
-        self.peak_flops = 1e12 * (config.peak_tflops or known_peak(place.device))
-        self._flops = train_flops(config.model)
+        self.peak_flops = 1e12 * config.peak_tflops or known_peak(place.device)
+        self._flops = cost.train_flops(config.model)
         self._levels = torch.zeros(2, LEVELS, dtype=torch.float64)
         if levels and place.rank == 0:
             self._levels += torch.tensor(levels, dtype=torch.float64)
@@ -195,11 +184,9 @@ def by_level(times: Tensor, losses: Tensor) -> Tensor:
 
 
 def known_peak(device: torch.device) -> float:
-    """Peak of a device in TFLOP/s; 0 if we do not know it."""
-    if device.type != "cuda":
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+    """Peak of a device in FLOP/s; 0 if we do not know it."""
+    known = device.type == "cuda" and cost.peak_flops(torch.cuda.get_device_name(device))
+    return known or 0.0
 
 
 def memory_gib(device: torch.device) -> float:
