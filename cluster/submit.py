@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import shlex
 import sys
 import time
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 ADDRESS = "http://127.0.0.1:8265"
 CHECKOUT = Path(__file__).resolve().parent.parent
+CREDENTIALS = re.compile(r"://[^/]*@|[?&](secret_key|session_token|X-Amz-\w+)=", re.IGNORECASE)
+"""In an argument: what must not travel with a job."""
 CODE = ("jitmodel", "pipelines", "cluster")
 
 
@@ -118,6 +121,8 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not options.command:
         parser.error("which stage? For example: jit submit train demo --data s3://bucket/dataset")
+    if any(CREDENTIALS.search(word) for word in options.command):
+        parser.error("a URI with credentials in it: who sees the dashboard would see them")
     if options.dry_run:
         print(f"address:     {options.address}")
         print(f"entry point: {shlex.join(['jit', *options.command])}")

@@ -13,14 +13,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import features
 
@@ -30,7 +28,7 @@ from pipelines.config import PrepareConfig
 from pipelines.dataset_card import CONTACT_SHEET, card, contact_sheet
 from pipelines.deal import ids_of_shard
 from pipelines.index import Index, numbered_classes
-from pipelines.shards import Manifest, Row, ShardInfo
+from pipelines.shards import Manifest, Reject, Row, ShardInfo
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +65,6 @@ class Job(Request):
     def num_shards(self) -> int:
         """Shards of a folder."""
         return -(-self.num_images // self.rows_per_shard)
-
-
-class Reject(NamedTuple):
-    """An image that cannot be used."""
-
-    id: int
-    path: str
-    reason: str
 
 
 class SizeEntry(Config):
@@ -330,6 +320,15 @@ def crops(
     return found
 
 
+class Totals(NamedTuple):
+    """What the entries of one image size add up to; they are many, and go one by one."""
+
+    infos: dict[int, ShardInfo]
+    counts: NDArray[np.int64]
+    """Images of each class."""
+    rejects: list[Reject]
+
+
 def publish(
     folders: Mapping[int, str],
     root: str,
@@ -343,31 +342,32 @@ def publish(
     Raises:
         ValueError: not one image can be used.
     """
-    found = {number: entry.sizes for number, entry in entries(folders, job)}
-    assert len(found) == job.num_shards, (len(found), job.num_shards)
-    for place, (size, folder) in enumerate(folders.items()):
-        of_size = [found[number][place] for number in sorted(found)]
-        _publish(folder, size, of_size, root, classes, job, config, index)
+    totals = {size: Totals({}, np.zeros(len(classes), np.int64), []) for size in folders}
+    for number, entry in entries(folders, job):
+        for total, found in zip(totals.values(), entry.sizes, strict=True):
+            total.infos[number] = found.info
+            total.rejects.extend(found.rejects)
+            for label, count in found.labels.items():
+                total.counts[label] += count
+    for size, folder in folders.items():
+        _publish(folder, size, totals[size], root, classes, job, config, index)
 
 
 def _publish(
     folder: str,
     size: int,
-    found: Sequence[SizeEntry],
+    totals: Totals,
     root: str,
     classes: list[ClassInfo],
     job: Job,
     config: PrepareConfig,
     index: Index,
 ) -> None:
-    counts = np.zeros(len(classes), np.int64)
-    for entry in found:
-        for label, count in entry.labels.items():
-            counts[label] += count
+    infos = [info for _, info in sorted(totals.infos.items())]
+    counts, rejects = totals.counts, sorted(totals.rejects)
+    assert len(infos) == job.num_shards, (len(infos), job.num_shards)
     if not counts.any():
         raise ValueError(f"not one image of {root} can be used: see {folder}/{WORK}")
-    rejects = sorted(reject for entry in found for reject in entry.rejects)
-    infos = [entry.info for entry in found]
     manifest = Manifest(
         fingerprint=shards.fingerprint(classes, infos),
         image_size=size,
@@ -381,14 +381,7 @@ def _publish(
         config=config.model_dump(exclude=ELSEWHERE) | {"image_size": size},
         versions=job.versions,
     )
-    buffer = BytesIO()
-    pq.write_table(
-        pa.table({name: [getattr(r, name) for r in rejects] for name in Reject._fields},
-                 schema=pa.schema([("id", pa.int64()), ("path", pa.string()),
-                                   ("reason", pa.string())])),
-        buffer,
-    )  # fmt: skip
-    storage.write_bytes(storage.join(folder, shards.REJECTS), buffer.getvalue())
+    storage.write_bytes(storage.join(folder, shards.REJECTS), shards.rejects_table(rejects))
     sheet = contact_sheet(root, classes, index, {reject.id for reject in rejects}, size)
     storage.write_bytes(storage.join(folder, CONTACT_SHEET), sheet)
     storage.write_bytes(storage.join(folder, "README.md"), card(manifest).encode())

@@ -53,7 +53,6 @@ from pipelines.job import (
     READERS,
     WORK,
     Job,
-    Reject,
     Request,
     ShardEntry,
     begin,
@@ -68,6 +67,7 @@ from pipelines.job import (
     refuse_strangers,
     write_shard,
 )
+from pipelines.shards import Reject
 
 logger = logging.getLogger(__name__)
 
@@ -133,22 +133,27 @@ def run(config: PrepareConfig) -> None:
 
 
 def verify(uri: str) -> None:
-    """Read all of a dataset folder again.
+    """Read all of a dataset folder again, or of the folders of several image sizes below it.
 
     Raises:
         StageFailed: it is damaged; names each problem.
     """
-    problems = shards.verify(uri)
-    if problems:
-        lines = "\n".join(f"  {line}" for line in problems)
-        raise StageFailed(
-            f"{uri} is damaged: restore the file, or prepare into a new folder\n{lines}"
-        )
-    manifest = shards.read_manifest(uri)
-    logger.info(
-        "%s is sound: %d images in %d shards, fingerprint %s",
-        uri, manifest.num_rows, len(manifest.shards), manifest.fingerprint,
-    )  # fmt: skip
+    folders = [uri]
+    if not storage.exists(storage.join(uri, shards.MANIFEST)) and storage.exists(uri):
+        names = storage.list_folder(uri)[0]
+        folders = [storage.join(uri, name) for name in names if name.isdigit()] or folders
+    for folder in folders:
+        problems = shards.verify(folder)
+        if problems:
+            lines = "\n".join(f"  {line}" for line in problems)
+            raise StageFailed(
+                f"{folder} is damaged: restore the file, or prepare into a new folder\n{lines}"
+            )
+        manifest = shards.read_manifest(folder)
+        logger.info(
+            "%s is sound: %d images in %d shards, fingerprint %s",
+            folder, manifest.num_rows, len(manifest.shards), manifest.fingerprint,
+        )  # fmt: skip
 
 
 # What would be done.

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +41,14 @@ class Row(NamedTuple):
     label: int
     id: int
     """Position in the sorted source."""
+
+
+class Reject(NamedTuple):
+    """An image that cannot be used."""
+
+    id: int
+    path: str
+    reason: str
 
 
 class ShardInfo(Config):
@@ -135,10 +144,19 @@ def write_shard(
     return info
 
 
+def rejects_table(rejects: Sequence[Reject]) -> bytes:
+    """The images that cannot be used, as a Parquet file."""
+    columns = [("id", pa.int64()), ("path", pa.string()), ("reason", pa.string())]
+    buffer = BytesIO()
+    rows = [reject._asdict() for reject in rejects]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(columns)), buffer)
+    return buffer.getvalue()
+
+
 def sha256(uri: str) -> str:
     """Digest of a file, read in pieces."""
     digest = hashlib.sha256()
-    with storage.open_input(uri) as file:
+    with storage.honest_errors(uri), storage.open_input(uri) as file:
         while piece := file.read(2**22):
             digest.update(piece)
     return digest.hexdigest()
@@ -190,7 +208,7 @@ def check_shard(uri: str, info: ShardInfo, classes: Sequence[ClassInfo]) -> Chec
         digest = sha256(uri)
         if digest != info.sha256:
             return Check([f"{info.file}: sha256 is {digest}, not {info.sha256}"], nothing, nothing)
-        with storage.open_input(uri) as source:
+        with storage.honest_errors(uri), storage.open_input(uri) as source:
             file = pq.ParquetFile(source)
             if not file.schema_arrow.equals(schema(classes), check_metadata=True):
                 return Check([f"{info.file}: not the columns of a shard"], nothing, nothing)
@@ -198,6 +216,8 @@ def check_shard(uri: str, info: ShardInfo, classes: Sequence[ClassInfo]) -> Chec
             groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             table = file.read(columns=["label", "id"])
     except (OSError, pa.ArrowException) as error:
+        if isinstance(error, PermissionError) and storage.local_path(uri) is None:
+            raise  # a store that refuses us does so with all shards
         return Check([f"{info.file}: {error}"], nothing, nothing)
     label, ids = table["label"].to_numpy(), table["id"].to_numpy()
     problems = []
@@ -215,11 +235,12 @@ def check_shard(uri: str, info: ShardInfo, classes: Sequence[ClassInfo]) -> Chec
 def verify(uri: str) -> list[str]:
     """Read all of a dataset folder again; what is wrong with it, in words.
 
-    Digests, row counts, row groups, label range, rows per class, ids that occur twice, and
-    shards that the manifest does not name.
+    Digests, row counts, row groups, label range, rows per class, rejects, ids that occur twice,
+    and shards that the manifest does not name.
 
     Raises:
         FileNotFoundError: the folder has no manifest.
+        PermissionError: the store refuses us.
         ValueError: the manifest cannot be read.
     """
     manifest = read_manifest(uri)
@@ -241,13 +262,31 @@ def verify(uri: str) -> list[str]:
             problems.append(f"{MANIFEST}: rows_per_class differs from the labels in the shards")
         if fingerprint(manifest.classes, manifest.shards) != manifest.fingerprint:
             problems.append(f"{MANIFEST}: the fingerprint is not that of its shards")
+    rejected = _rejected_ids(uri)
+    if rejected is None or len(rejected) != manifest.num_rejects:
+        what = "it is missing or damaged" if rejected is None else f"{len(rejected)} rows"
+        problems.append(f"{REJECTS}: {what}, and {MANIFEST} says {manifest.num_rejects}")
+    else:
+        every_id = np.concatenate([every_id, rejected])
     seen, count = np.unique(every_id, return_counts=True)
     problems += [f"id {i} occurs {n} times" for i, n in zip(seen, count, strict=True) if n > 1][:10]
     named = {info.file for info in manifest.shards}
-    data = storage.list_files(storage.join(uri, "data"))
+    place = storage.join(uri, "data")
+    data = storage.list_files(place) if storage.exists(place) else []
     problems += [
         f"data/{entry.relative}: not in the manifest"
         for entry in data
         if f"data/{entry.relative}" not in named
     ]
     return problems
+
+
+def _rejected_ids(uri: str) -> np.ndarray | None:
+    """Ids of the images that cannot be used; None if the list cannot be read."""
+    try:
+        with storage.open_input(storage.join(uri, REJECTS)) as file:
+            return pq.read_table(file, columns=["id"])["id"].to_numpy()
+    except PermissionError:
+        raise
+    except (OSError, pa.ArrowException):
+        return None

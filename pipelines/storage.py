@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -65,6 +66,12 @@ _REFUSALS = ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoe
              "InvalidToken", "TokenRefreshRequired")  # fmt: skip
 _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "InternalError",
          "ConditionalRequestConflict")  # fmt: skip
+
+
+# Other tools take these in a URI; with us it would end in logs and manifests.
+_OPTIONS = re.compile(
+    r"[?&](access_key|secret_key|session_token|endpoint_override|X-Amz-\w+)=", re.IGNORECASE
+)
 
 
 class ShortRead(OSError):
@@ -562,10 +569,10 @@ def _walk(uri: str) -> Iterator[FileEntry]:
 
 def _bucket_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix(S3).partition("/")
-    if not bucket or "@" in bucket:
+    if not bucket or "@" in bucket or _OPTIONS.search(uri):
         raise ValueError(
-            f"{S3}{bucket.rpartition('@')[2]} is not s3://bucket/key; credentials belong in the "
-            "environment or ~/.aws"
+            f"{S3}{bucket.rpartition('@')[2].partition('?')[0]} is not s3://bucket/key; "
+            "credentials and endpoint belong in the environment or ~/.aws"
         )
     return bucket, key
 

@@ -56,6 +56,15 @@ def test_an_installed_package_without_its_checkout_sends_no_code(tmp_path: Path)
     assert submit.job_environment(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    "uri", ["s3://key:secret@bucket/x", "--source=s3://bucket/x?secret_key=s", "s3://k@b/x"]
+)
+def test_a_uri_with_credentials_does_not_become_a_job(uri: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        submit.run(["--dry-run", "prepare", "--source", uri])
+    assert "credentials" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_would_be_sent(capsys: pytest.CaptureFixture[str]):
     assert submit.run(["--dry-run", "train", "demo", "--data", "s3://bucket/a b"]) == 0
     out = capsys.readouterr().out

@@ -147,6 +147,22 @@ def test_credentials_that_expire_are_one_line_and_new_ones_go_on(
 
 
 @pytest.mark.ray
+def test_credentials_that_expire_during_verification_are_no_damage(
+    local: Path, monkeypatch: pytest.MonkeyPatch, faulty_store: Any,
+    faulty_environment: dict[str, str],
+) -> None:  # fmt: skip
+    _point_to(faulty_environment, monkeypatch)
+    faulty_store.slow_down = faulty_store.reset = faulty_store.truncate = 0.0
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    storage.publish_folder(local, root, last=shards.MANIFEST)
+    assert shards.verify(root) == []
+    for requests in (1, 9):  # while the first shard is opened, and when some have been read
+        faulty_store.code_after = (faulty_store.seen["requests"] + requests, "ExpiredToken")
+        with pytest.raises(PermissionError, match="have expired"):
+            shards.verify(root)
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_a_second_writer_is_refused_by_name(
     local: Path, tmp_path: Path, where: str, request: pytest.FixtureRequest,
@@ -167,7 +183,9 @@ def test_a_second_writer_is_refused_by_name(
 
 
 @pytest.mark.ray
-def test_a_pass_for_two_sizes_makes_what_two_passes_make(local: Path, tmp_path: Path) -> None:
+def test_a_pass_for_two_sizes_makes_what_two_passes_make(
+    local: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = str(local.parent / "train.tar")
     prepare.run(_config(source, str(tmp_path / "both"), image_size=(32, 16)))
     prepare.run(_config(source, str(tmp_path / "small"), image_size=16))
@@ -177,6 +195,9 @@ def test_a_pass_for_two_sizes_makes_what_two_passes_make(local: Path, tmp_path: 
         assert _digests(folder) == _digests(str(alone))
         manifest = storage.read_bytes(f"{folder}/manifest.json")
         assert manifest == storage.read_bytes(f"{alone}/manifest.json")
+    with caplog.at_level("INFO"):
+        prepare.run(PrepareConfig(verify=str(tmp_path / "both")))
+    assert caplog.text.count("is sound: 120 images in 8 shards") == 2
     prepare.run(_config(source, str(tmp_path / "both"), image_size=(32, 16)))  # finished already
     with pytest.raises(ValueError, match=r"both is not empty.*it holds '16'"):
         prepare.run(_config(source, str(tmp_path / "both"), image_size=(32, 8)))

@@ -45,6 +45,7 @@ def _publish(folder: Path, infos: list[ShardInfo], num_rows: int = 13) -> None:
         source_sha256="", config={}, versions={},
     )  # fmt: skip
     storage.write_json(str(folder / "manifest.json"), manifest.model_dump())
+    (folder / "rejects.parquet").write_bytes(shards.rejects_table([]))
 
 
 def test_a_shard_says_what_was_written(folder: Path) -> None:
@@ -87,6 +88,29 @@ def test_verification_finds_a_flipped_byte_and_a_lost_and_a_foreign_file(folder:
     assert "00000-of-00002.parquet: sha256" in problems[0]
     assert "00001-of-00002.parquet" in problems[1]
     assert problems[2] == "data/other.parquet: not in the manifest"
+
+
+def test_verification_finds_what_is_wrong_with_the_rejects(folder: Path) -> None:
+    place = folder / "rejects.parquet"
+    place.write_bytes(shards.rejects_table([shards.Reject(3, "cat/3.png", "empty file")]))
+    assert shards.verify(str(folder)) == [
+        "rejects.parquet: 1 rows, and manifest.json says 0",
+    ]
+    manifest = shards.read_manifest(str(folder)).model_copy(update={"num_rejects": 1})
+    storage.write_json(str(folder / "manifest.json"), manifest.model_dump())
+    assert shards.verify(str(folder)) == ["id 3 occurs 2 times"]  # it is also in a shard
+    place.write_bytes(place.read_bytes()[:-9])
+    assert "missing or damaged" in shards.verify(str(folder))[0]
+
+
+def test_verification_of_a_folder_that_lost_everything_names_all_of_it(folder: Path) -> None:
+    for file in folder.glob("*/*"):
+        file.unlink()
+    (folder / "data").rmdir()
+    (folder / "rejects.parquet").unlink()
+    problems = shards.verify(str(folder))
+    assert len(problems) == 3
+    assert "00001-of-00002.parquet: " in problems[1]
 
 
 def test_verification_finds_rows_that_are_doubled_or_miscounted(folder: Path) -> None:

@@ -133,6 +133,7 @@ def test_a_store_that_refuses_us_says_so_once(
 
 
 @pytest.mark.parametrize("uri", ["", "gs://bucket/x", "s3://", "s3://me:secret@bucket/x",
+                                 "s3://bucket/x?scheme=http&secret_key=secret",
                                  "https://me:secret@host/x?X-Amz-Signature=secret"])  # fmt: skip
 def test_a_uri_that_cannot_be_opened_is_refused(uri: str) -> None:
     with pytest.raises(ValueError, match=r"expected|is not s3") as raised:
