@@ -103,7 +103,9 @@ def run(config: PrepareConfig) -> None:
         )
         done = is_finished(folders)
         cheap = not any(part.key for part in source.parts)
-        if done or cheap:
+        remote = storage.local_path(source.root) is None
+        # ImageNet's tar has a million headers: on S3 its name is enough for what is finished.
+        if cheap or (done and not (remote and _is_made_from(config, folders))):
             sources.write_index(source, index)
             refuse_another(output, folders, describe(config, source, index))
         if done:
@@ -210,6 +212,13 @@ def plan(config: PrepareConfig, source: sources.Source, index: Path) -> None:
 # Start, or go on.
 
 
+def _is_made_from(config: PrepareConfig, folders: Mapping[int, str]) -> bool:
+    """Whether finished folders were made from a source of the same name."""
+    made = [shards.read_manifest(folder).config for folder in folders.values()]
+    names = config.model_dump(include={"source", "classes", "labels"})
+    return all(theirs.items() >= names.items() for theirs in made)
+
+
 def list_tars(output: str, source: sources.Source, index: Path) -> None:
     """List a source of tars, on the cluster; the lists are kept, in case we are killed.
 
@@ -228,7 +237,8 @@ def list_tars(output: str, source: sources.Source, index: Path) -> None:
         runtime.quiet_data()
         cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
         rows = [{"place": place, "part": tuple(dear[place])} for place in missing]
-        blocks, stop = min(len(missing), 4 * cpus), runtime.Stop()
+        blocks = min(len(missing), max(4 * cpus, len(missing) // sources.LISTERS))
+        stop, pace, count = runtime.Stop(), Pace(), 0
         listed = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             functools.partial(_list_parts_task, source=source, stop=stop),
             batch_size=None,
@@ -239,6 +249,10 @@ def list_tars(output: str, source: sources.Source, index: Path) -> None:
                 if row["error"]:
                     kind = {"ValueError": ValueError, "PermissionError": PermissionError}
                     raise kind.get(row["kind"], RuntimeError)(row["error"])
+                count += row["count"]
+                if pace.is_due():
+                    left = pace.seconds / count * (len(missing) - count)
+                    logger.info("listed %d of %d tars, %.0f s left", count, len(missing), left)
     with ThreadPoolExecutor(READERS) as pool:
         sources.write_index(source, index, sources.ahead(pool, _kept, dear, READERS))
     logger.info("listed in %.1f s", time.monotonic() - started)
@@ -256,9 +270,9 @@ def _part_place(output: str, part: sources.Part) -> str:
 
 def _list_parts_task(
     batch: dict[str, NDArray[Any]], *, source: sources.Source, stop: runtime.Stop
-) -> dict[str, list[str]]:
+) -> dict[str, list[Any]]:
     if stop.is_set():
-        return {"kind": [""], "error": [""]}
+        return {"kind": [""], "error": [""], "count": [0]}
     parts = [sources.Part(*part) for part in batch["part"]]
     kind = error = ""
     try:
@@ -270,7 +284,7 @@ def _list_parts_task(
             storage.write_bytes(str(place), sink.getvalue())
     except Exception as failure:
         kind, error = type(failure).__name__, str(failure)
-    return {"kind": [kind], "error": [error]}
+    return {"kind": [kind], "error": [error], "count": [len(parts)]}
 
 
 # The shards.
@@ -320,6 +334,26 @@ def write_shards(
             progress.log()
 
 
+class Pace:
+    """When the next line of progress is due: more seldom as time goes by."""
+
+    def __init__(self) -> None:
+        self.started = self.logged = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return max(time.monotonic() - self.started, 1e-3)
+
+    def is_due(self) -> bool:
+        """Whether to say something now; notes that it was said."""
+        pause = min(max(LOG_EVERY_S, self.seconds * LOG_FRACTION), LOG_SELDOM_S)
+        if time.monotonic() - self.logged < pause:
+            return False
+        self.logged = time.monotonic()
+        return True
+
+
 class Progress:
     """Counts what is done, logs it now and then, and stops a job that rejects too much."""
 
@@ -327,14 +361,14 @@ class Progress:
         self.job, self.max_reject_fraction = job, max_reject_fraction
         self.images = self.shards = self.bytes = self.images_before = self.bytes_before = 0
         self.rejects: list[Reject] = []
-        self.started = self.logged = time.monotonic()
+        self.pace = Pace()
 
     def start(self) -> None:
         """The rates count from here."""
         if self.shards:
             logger.info("%d of %d shards are there already", self.shards, self.job.num_shards)
         self.images_before, self.bytes_before = self.images, self.bytes
-        self.started = self.logged = time.monotonic()
+        self.pace = Pace()
 
     def add(self, entry: ShardEntry) -> None:
         """Take note of one more shard.
@@ -359,13 +393,10 @@ class Progress:
         )
 
     def log(self) -> None:
-        """One line, more seldom as time goes by, and at the end."""
-        now = time.monotonic()
-        seconds = max(now - self.started, 1e-3)
-        pause = min(max(LOG_EVERY_S, seconds * LOG_FRACTION), LOG_SELDOM_S)
-        if now - self.logged < pause and self.shards < self.job.num_shards:
+        """One line, now and then, and at the end."""
+        if not self.pace.is_due() and self.shards < self.job.num_shards:
             return
-        self.logged = now
+        seconds = self.pace.seconds
         rate = (self.images - self.images_before) / seconds
         logger.info(
             "shard %d/%d, image %d/%d, %.0f images/s, %.1f MB/s, %d rejects, %.0f s left",
