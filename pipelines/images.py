@@ -105,13 +105,15 @@ def encode(pixels: NDArray[np.uint8], encoding: str) -> bytes:
     return buffer.getvalue()
 
 
-def decode_pixels(image: bytes) -> NDArray[np.uint8]:
-    """An image of a shard as pixels, uint8, [H, W, 3]."""
+def decode_pixels(image: bytes | memoryview) -> NDArray[np.uint8]:
+    """An image of a shard as pixels, uint8, [H, W, 3]; a raw one is not copied."""
     if image[:3] == b"P6\n":
-        _, size, depth, pixels = image.split(b"\n", 3)
+        head = bytes(image[:64])
+        _, size, depth, rest = head.split(b"\n", 3)
         assert depth == b"255", depth
         width, height = map(int, size.split())
-        return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+        pixels = np.frombuffer(image, np.uint8, offset=len(head) - len(rest))
+        return pixels.reshape(height, width, 3)
     with Image.open(BytesIO(image), formats=FORMATS) as opened:
         return np.asarray(opened.convert("RGB"))
 

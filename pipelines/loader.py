@@ -264,7 +264,7 @@ class Loader:
             future, row = places[i]
             group = future.result()
             try:
-                decoded = images.decode_pixels(group.image[row].as_py())
+                decoded = images.decode_pixels(memoryview(group.image[row].as_buffer()))
             except Exception as error:  # decoders raise whatever damaged bytes lead them to
                 raise ValueError(f"row {row} in {group.where} is no image: {error}") from error
             if decoded.shape != pixels.shape[1:]:
