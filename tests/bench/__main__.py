@@ -12,6 +12,8 @@ import platform
 import sys
 from pathlib import Path
 
+from jitmodel.benchmark import table
+
 SUBJECTS = ("model", "prepare", "loader", "fit", "memory", "shuffle", "evaluate", "serve")
 
 
@@ -26,7 +28,7 @@ def main() -> None:
         result["machine"] = {"processor": processor(), "python": platform.python_version()}
         (folder / f"{subject}.json").write_text(json.dumps(result, indent=2) + "\n")
         for part in result.get("tables", [result]):
-            print(table(part), end="\n\n", flush=True)
+            print(f"{part['title']}\n\n{table(part['rows'])}\n", flush=True)
         print(f"written to {folder / subject}.json\n")
 
 
@@ -37,19 +39,6 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((s.partition(": ")[2] for s in lines if s.startswith("model name")), "unknown")
-
-
-def table(result: dict) -> str:
-    """Rows of a result as Markdown."""
-    head, *rows = [list(result["rows"][0]), *[list(r.values()) for r in result["rows"]]]
-    cells = [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return f"{result['title']}\n\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -132,8 +132,10 @@ def bare(stored: list[bytes]) -> float:
         return len(stored) / (time.perf_counter() - began)
 
 
-def ours(folder: Path, crops: list[np.ndarray], encoding: str, copies: int = RAW_COPIES) -> Batches:
-    """A dataset folder in this project's layout, and its loader."""
+def dataset(
+    folder: Path, crops: list[np.ndarray], encoding: str, *, copies: int
+) -> shards.Manifest:
+    """Write `copies` (even) of the crops as a dataset folder; its manifest."""
     (folder / "data").mkdir(parents=True)
     classes = [ClassInfo(name=str(i)) for i in range(len(crops))]
     stored = [images.encode(crop, encoding) for crop in crops]
@@ -151,8 +153,14 @@ def ours(folder: Path, crops: list[np.ndarray], encoding: str, copies: int = RAW
         num_rejects=0, rows_per_class=[copies] * len(crops), classes=classes, shards=infos,
         source_sha256="", config={}, versions={},
     )  # fmt: skip
-    config = LoaderConfig(lanes=16, threads=THREADS)
+    (folder / shards.MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+    return manifest
 
+
+def ours(folder: Path, crops: list[np.ndarray], encoding: str, copies: int = RAW_COPIES) -> Batches:
+    """A dataset folder in this project's layout, and its loader."""
+    manifest = dataset(folder, crops, encoding, copies=copies)
+    config = LoaderConfig(lanes=16, threads=THREADS)
     return lambda: Loader(
         str(folder), manifest, config, seed=time.time_ns() % 1000, global_batch=BATCH
     ).batches()
@@ -196,16 +204,17 @@ def web_dataset(folder: Path, crops: list[np.ndarray]) -> Batches:
                 crop = crops[i % len(crops)]
                 tar.write({"__key__": f"{i:06d}", "raw": crop.tobytes(), "cls": i % len(crops)})
 
-    def unpack(sample: dict) -> tuple[np.ndarray, int]:
-        pixels = np.frombuffer(sample["raw"], np.uint8).reshape(SIZE, SIZE, 3)
-        return pixels, int(sample["cls"])
-
     urls = [str(folder / f"{shard}.tar") for shard in range(4)]
     return lambda: torch.utils.data.DataLoader(
-        webdataset.WebDataset(urls, shardshuffle=4).shuffle(1000).map(unpack),
+        webdataset.WebDataset(urls, shardshuffle=4).shuffle(1000).map(_unpack),
         BATCH,
         num_workers=THREADS,
     )
+
+
+def _unpack(sample: dict) -> tuple[np.ndarray, int]:
+    pixels = np.frombuffer(sample["raw"], np.uint8).reshape(SIZE, SIZE, 3)
+    return pixels, int(sample["cls"])
 
 
 def lit_data(folder: Path, crops: list[np.ndarray]) -> Batches:

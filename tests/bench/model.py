@@ -7,39 +7,15 @@ import time
 from collections.abc import Callable
 
 import torch
-from azula.plugins.jit._src import model as authors
 
-from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig
-from jitmodel.flow import corrupt, flow_loss
+from jitmodel.benchmark import DECAYS, AuthorsStep, authors_network
+from jitmodel.config import ModelConfig, OptimizerConfig
 from jitmodel.model import JiT
 from jitmodel.parallel import parallelize
 from jitmodel.sampler import guided_velocity
 from jitmodel.state import Batch, TrainState
 
 BATCH, ROUNDS, THREADS = 8, 5, 2
-DECAYS = (0.9996, 0.9999)
-
-
-class AuthorsStep:
-    """Training as the public code does it: their network, AdamW, a loop over parameters per EMA."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        self.network = network
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-4, betas=(0.9, 0.95))
-        self.averages = [[p.detach().clone() for p in self.parameters] for _ in DECAYS]
-
-    def __call__(self, x: torch.Tensor, e: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
-        z = corrupt(x, e, t)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            net = self.network(z, t, y)
-        flow_loss(net.float(), x, e, z, t, FlowConfig()).mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for decay, average in zip(DECAYS, self.averages, strict=True):
-                for a, p in zip(average, self.parameters, strict=True):
-                    a.mul_(decay).add_(p, alpha=1 - decay)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -66,8 +42,8 @@ def compare(what: str, ours: Callable[[], object], theirs: Callable[[], object])
 def run() -> dict:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    theirs = authors.JiT_models["JiT-B/16"](input_size=256)
-    ours = JiT(ModelConfig.named("JiT-B/16", image_size=256))
+    config = ModelConfig.named("JiT-B/16", image_size=256)
+    theirs, ours = authors_network(config), JiT(config)
     ours.load_state_dict(theirs.state_dict())
     parallelize(ours, compile=True)
 
