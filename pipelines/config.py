@@ -200,6 +200,10 @@ class TrainConfig(StageConfig):
     """Decay of the EMA that draws the grids; 0 is the raw weights."""
     log_every_steps: PositiveInt = 50
     """Optimizer steps between status lines."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Where curves are sent besides metrics.jsonl and TensorBoard; needs the extra `trackers`."""
+    project: str = "jit-on-ray"
+    """Project in W&B, experiment in MLflow."""
     max_failures: int = Field(3, ge=0)
     """Worker failures that a run survives by itself."""
     start_timeout_s: PositiveFloat = 600.0

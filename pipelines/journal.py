@@ -12,6 +12,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipelines import storage
 from pipelines.config import TrainConfig
+from pipelines.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -56,20 +58,21 @@ class Journal:
         self.events = SummaryWriter(
             self.folder / "tensorboard", purge_step=images_seen + 1 if images_seen else None
         )
+        self.trackers = open_trackers(run, config, str(self.folder))
         self._copied: dict[Path, int] = {}
-        # One thread, so that a slow store delays no step and files are copied in turn.
-        self._uploads = ThreadPoolExecutor(1, "jit-journal")
+        # One thread, so that a slow store or tracker delays no step, and all goes in turn.
+        self._later = ThreadPoolExecutor(1, "jit-journal")
         self._synced = time.monotonic()
 
     def line(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its numbers to TensorBoard, over images_seen."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        for name, value in numbers(values).items():
-            self.events.add_scalar(f"train/{name}", value, values["images_seen"])
+        self._curves("train", numbers(values), values["images_seen"])
         if self.is_remote and time.monotonic() - self._synced > SYNC_S:
             self._synced = time.monotonic()
-            self._uploads.submit(self._try_sync)
+            self.events.flush()
+            self._later.submit(_try, self._upload)
 
     def grid(self, picture: Image.Image, images_seen: int) -> str:
         """Store a grid of samples; its URI."""
@@ -84,21 +87,21 @@ class Journal:
     def health(self, drawn: dict[str, float], real: dict[str, float], images_seen: int) -> None:
         """Add the health of a grid to the curves, beside that of real images."""
         for whose, values in (("drawn", drawn), ("real", real)):
-            for name, value in values.items():
-                self.events.add_scalar(f"health/{name}_{whose}", value, images_seen)
+            named = {f"{name}_{whose}": value for name, value in values.items()}
+            self._curves("health", named, images_seen)
+
+    def _curves(self, group: str, values: dict[str, float], images_seen: int) -> None:
+        named = {f"{group}/{name}": value for name, value in values.items()}
+        for name, value in named.items():
+            self.events.add_scalar(name, value, images_seen)
+        for tracker in self.trackers:
+            self._later.submit(_try, tracker.log, named, images_seen)
 
     def sync(self) -> None:
         """Make everything said so far visible at the run's URI; any thread may ask for it."""
         self.events.flush()
         if self.is_remote:
-            self._uploads.submit(self._upload).result()
-
-    def _try_sync(self) -> None:
-        try:
-            self.events.flush()
-            self._upload()
-        except OSError as error:
-            logger.warning("metrics could not be stored, which is tried again: %s", error)
+            self._later.submit(self._upload).result()
 
     def _upload(self) -> None:
         assert self.folder is not None
@@ -112,11 +115,21 @@ class Journal:
     def close(self) -> None:
         """Write what is left."""
         self.events.close()
+        for tracker in self.trackers:
+            self._later.submit(_try, tracker.close)
         if self.is_remote:
-            self._uploads.submit(self._try_sync)
-        self._uploads.shutdown()
+            self._later.submit(_try, self._upload)
+        self._later.shutdown()
         if self._temporary:
             self._temporary.cleanup()
+
+
+def _try(work: Callable[..., None], *arguments: Any) -> None:
+    """Do something without which training goes on."""
+    try:
+        work(*arguments)
+    except Exception as error:  # trackers raise whatever their networks lead them to
+        logger.warning("metrics could not be sent, training goes on: %s", error)
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

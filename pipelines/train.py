@@ -35,7 +35,7 @@ from ray._private.worker import get_dashboard_url
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
-from pipelines import runtime, storage, validation
+from pipelines import runtime, storage, trackers, validation
 from pipelines.checkpoints import Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
 from pipelines.fit import early_stop, fit, resume_point, run_uri
@@ -167,7 +167,8 @@ def run(config: TrainConfig) -> None:
 
     Raises:
         FileNotFoundError: there is no dataset.
-        ValueError: options that do not fit the dataset, the run so far, or the cluster.
+        ValueError: options that do not fit the dataset, the run so far, or the cluster; a tracker
+            that is not installed.
         PermissionError: the storage cannot be written.
         StageFailed: training diverged, a checkpoint could not be stored, or workers failed more
             often than max_failures.
@@ -181,6 +182,7 @@ def run(config: TrainConfig) -> None:
     manifest, folder = read_manifest(config.data), run_uri(config)
     if not config.dry_run:
         storage.check_writable(folder)
+    trackers.check_installed(config)
     if config.validation.reference:
         validation.check(config, manifest)
     start = None if config.fresh else resume_point(config, manifest)

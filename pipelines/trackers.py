@@ -1,0 +1,122 @@
+"""Curves of a run in Weights & Biases and MLflow, where people have them (extra `trackers`).
+
+A run has one id in each, kept in the run folder, so a run that is continued is continued there.
+Where they are and who we are comes from their own environment: WANDB_API_KEY, WANDB_MODE,
+MLFLOW_TRACKING_URI and so on. Curves are over images_seen; what is computed again after a kill is
+told again, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import secrets
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from pipelines import storage
+from pipelines.config import TrainConfig
+
+FILE = "trackers.json"
+"""In the run folder: tracker -> id of the run in it."""
+
+
+class Tracker(Protocol):
+    """Where curves go."""
+
+    id: str
+
+    def log(self, values: dict[str, float], images_seen: int) -> None:
+        """Add a point to each curve."""
+
+    def close(self) -> None:
+        """All is said, for now."""
+
+
+class Wandb:
+    """A run of Weights & Biases."""
+
+    def __init__(self, config: TrainConfig, known: str | None, folder: str) -> None:
+        import wandb
+
+        self.id = known or secrets.token_hex(8)
+        self.run: Any = wandb.init(
+            project=config.project,
+            name=config.name,
+            id=self.id,
+            resume="allow",
+            dir=folder,
+            config=config.model_dump(mode="json"),
+        )
+        self.run.define_metric("images_seen")
+        self.run.define_metric("*", step_metric="images_seen")
+
+    def log(self, values: dict[str, float], images_seen: int) -> None:
+        self.run.log({**values, "images_seen": images_seen})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Mlflow:
+    """A run of MLflow."""
+
+    def __init__(self, config: TrainConfig, known: str | None, folder: str) -> None:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient()
+        if known is None:
+            found = self.client.get_experiment_by_name(config.project)
+            experiment = found.experiment_id if found else None
+            experiment = experiment or self.client.create_experiment(config.project)
+            known = self.client.create_run(experiment, run_name=config.name).info.run_id
+            self.client.log_dict(known, config.model_dump(mode="json"), "config.json")
+        self.id = known
+        self.client.update_run(self.id, status="RUNNING")
+
+    def log(self, values: dict[str, float], images_seen: int) -> None:
+        for name, value in values.items():
+            self.client.log_metric(self.id, name, value, step=images_seen)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)
+
+
+KINDS: dict[str, type[Wandb | Mlflow]] = {"wandb": Wandb, "mlflow": Mlflow}
+
+
+def check_installed(config: TrainConfig) -> None:
+    """Refuse trackers that cannot be had.
+
+    Raises:
+        ValueError: the package of one is not installed.
+    """
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise ValueError(
+                f"--trackers {name} needs a package that is not installed: "
+                'pip install "jit-on-ray[trackers]"'
+            )
+
+
+def open_trackers(run: str, config: TrainConfig, folder: str) -> list[Tracker]:
+    """Begin or continue a run in every tracker of the config.
+
+    Args:
+        run: URI of the run folder, which holds the ids.
+        config: of the run.
+        folder: local folder for their own files.
+
+    Raises:
+        ValueError: a tracker's package is not installed.
+    """
+    if not config.trackers:
+        return []
+    uri = storage.join(run, FILE)
+    ids = storage.read_json(uri) if storage.exists(uri) else {}
+    check_installed(config)
+    opened: list[Tracker] = []
+    for name in config.trackers:
+        tracker = KINDS[name](config, ids.get(name), folder)
+        ids[name] = tracker.id
+        opened.append(tracker)
+    storage.write_json(uri, ids)
+    return opened
