@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 META, LATEST, FOLDER = "meta.json", "latest.json", "checkpoints"
 STEP = re.compile(r"step_(\d{8,})")
 """Name of a checkpoint's folder."""
-LEAVE_S = 30.0
+LEAVE_S = 20.0
 """Longest wait for a save in work when the process ends by an error."""
 
 
@@ -163,6 +163,23 @@ def check_same(found: Checkpoint, wanted: dict[str, Any]) -> None:
             f"{'; '.join(differing)}. Repeat the options of the first start to continue, choose "
             "another --name, or add --fresh to start over beside the old run."
         )
+
+
+def check_never_saved(run: str) -> None:
+    """Refuse to begin at image 0 in the folder of a run that was further.
+
+    Raises:
+        FileNotFoundError: latest.json names a checkpoint, but none is complete.
+    """
+    uri = storage.join(run, LATEST)
+    if not storage.exists(uri):
+        return
+    latest = storage.read_json(uri)
+    raise FileNotFoundError(
+        f"{uri} names {latest['checkpoint']} ({latest['images_seen']} images seen), but no "
+        f"checkpoint below {run}/{FOLDER} is complete: bring it back, choose another --name, or "
+        "add --fresh to start over beside the old run."
+    )
 
 
 def newest(run: str) -> Checkpoint | None:

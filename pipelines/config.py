@@ -163,6 +163,8 @@ class TrainConfig(StageConfig):
     shrinks and grows with the cluster, to numbers that share lanes and batch evenly."""
     fresh: bool = False
     """Start over although a run of this name exists; the old one is kept under another name."""
+    resume: bool = False
+    """Only go on: refuse to start a run, as a wrong --storage or --name would."""
     model: ModelConfig = ModelConfig()
     flow: FlowConfig = FlowConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -220,6 +222,8 @@ class TrainConfig(StageConfig):
                 f"{self.loader.lanes}: a batch takes equally many images from every lane"
             )
         assert self.world_sizes
+        if self.fresh and self.resume:
+            raise ValueError("--fresh starts over and --resume only goes on: choose one")
         decays = self.optimizer.ema_decays
         if self.grid_every_images and self.grid_ema not in (0, *decays):
             raise ValueError(

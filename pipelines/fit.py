@@ -103,6 +103,7 @@ def resume_point(config: TrainConfig, manifest: Manifest) -> Checkpoint | None:
 
     Raises:
         ValueError: the dataset does not fit the model, or the run was started as another one.
+        FileNotFoundError: the run had a complete checkpoint, and has none now.
     """
     model, found = config.model, (manifest.image_size, len(manifest.classes), 3)
     wanted = (model.image_size, model.num_classes, model.in_channels)
@@ -116,6 +117,8 @@ def resume_point(config: TrainConfig, manifest: Manifest) -> Checkpoint | None:
     checkpoint = checkpoints.newest(run_uri(config))
     if checkpoint:
         checkpoints.check_same(checkpoint, checkpoints.identity(config, manifest))
+    else:
+        checkpoints.check_never_saved(run_uri(config))
     return checkpoint
 
 
@@ -292,7 +295,8 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
                 if last or notice:
                     rising = stored(saver.wait())
     except NonFiniteLoss:
-        saver.wait()  # every rank is here, and what is being stored is from before
+        if config.non_finite == "skip":  # go back to the newest, which may be in work
+            saver.wait()
         raise
     finally:
         saver.leave()

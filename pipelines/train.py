@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 import yaml
@@ -36,7 +37,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from pipelines import runtime, storage, trackers, validation
-from pipelines.checkpoints import Checkpoint, SaveFailed
+from pipelines.checkpoints import LATEST, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
 from pipelines.fit import early_stop, fit, resume_point, run_uri
 from pipelines.meter import NonFiniteLoss
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 WATCH_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+ASK_EVERY_S = 5.0
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
@@ -58,11 +60,11 @@ class RayContext:
 
     def __init__(self, *, judged: bool = False) -> None:
         self.judged = judged
+        self._steps, self._asked, self._ask_at = 0, time.monotonic(), 1
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self._steps = 0
 
     def report(self, metrics: dict[str, Any], checkpoint: str) -> None:
         """Tell Ray; the checkpoint is in the run folder already.
@@ -81,13 +83,18 @@ class RayContext:
             )
 
     def preempted(self) -> bool:
-        """Whether a node of this run is about to be taken away; asked in every tenth step.
+        """Whether a node of this run is about to be taken away; asked about every five seconds.
 
-        The question is a barrier through an actor, and a cloud gives notice of minutes.
+        The question is a barrier through an actor, too slow for every step; a cloud gives notice
+        of one minute or two. When to ask next is what rank 0 says, as all must ask alike.
         """
         self._steps += 1
-        if self._steps % 10 or os.environ.get(WATCH_PREEMPTION) == "0":
+        if self._steps < self._ask_at or os.environ.get(WATCH_PREEMPTION) == "0":
             return False
+        now = time.monotonic()
+        steps = max(1, round(ASK_EVERY_S * self._steps / (now - self._asked + 1e-9)))
+        steps = ray.train.collective.broadcast_from_rank_zero(min(steps, 10 * self._steps))
+        self._steps, self._asked, self._ask_at = 0, now, steps
         return ray.train.get_preemption_info() is not None
 
 
@@ -166,7 +173,7 @@ def run(config: TrainConfig) -> None:
     """Train, or go on training, until the run has seen all its images.
 
     Raises:
-        FileNotFoundError: there is no dataset.
+        FileNotFoundError: there is no dataset, or no run to go on with.
         ValueError: options that do not fit the dataset, the run so far, or the cluster; a tracker
             that is not installed.
         PermissionError: the storage cannot be written.
@@ -186,6 +193,11 @@ def run(config: TrainConfig) -> None:
     if config.validation.reference:
         validation.check(config, manifest)
     start = None if config.fresh else resume_point(config, manifest)
+    if config.resume and not start:
+        raise FileNotFoundError(
+            f"--resume, but no run with a checkpoint is at {folder}: {config.storage} holds "
+            f"{', '.join(runs(config.storage)) or 'no runs'}"
+        )
     if config.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         print(plan(config, manifest, start))
@@ -314,6 +326,15 @@ def plan(config: TrainConfig, manifest: Manifest, start: Checkpoint | None) -> s
         f"({config.total_images / manifest.num_rows:.2f} epochs of {manifest.num_rows}), "
         f"{steps} steps of {config.global_batch} = {each}"
     )
+
+
+def runs(uri: str) -> list[str]:
+    """Names of the runs in a storage that have stored a checkpoint."""
+    try:
+        names, _ = storage.list_folder(uri)
+    except FileNotFoundError:
+        return []
+    return [name for name in names if storage.exists(storage.join(uri, name, LATEST))]
 
 
 def move_aside(uri: str) -> str:

@@ -165,6 +165,16 @@ def test_a_run_is_not_continued_as_another_one(tiny_dataset, tmp_path, change, m
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_at_image_0(tiny_dataset, tmp_path):
+    config = config_for(tiny_dataset, tmp_path, total_images=32)
+    fit(config, LocalContext())
+    for meta in (tmp_path / "run/checkpoints").glob("*/meta.json"):
+        meta.unlink()
+
+    with pytest.raises(FileNotFoundError, match=r"names checkpoints/step_00000002 \(32 images"):
+        fit(config, LocalContext())
+
+
 def test_another_dataset_is_refused_by_its_fingerprint(tiny_dataset, tmp_path, monkeypatch):
     fit(config_for(tiny_dataset, tmp_path, total_images=32), LocalContext())
     other = tmp_path / "other"

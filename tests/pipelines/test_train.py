@@ -164,6 +164,24 @@ def test_bad_input_is_refused_before_ray_is_asked(tiny_dataset, tmp_path, monkey
         train.run(config.model_copy(update={"storage": str(tmp_path / "file")}))
 
 
+def test_resume_goes_on_only_where_there_is_a_run(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.runtime, "connect", lambda: pytest.fail("Ray was asked"))
+    config = config_for(tiny_dataset, tmp_path, "other", total_images=32, resume=True)
+    fit.fit(config.model_copy(update={"name": "b16", "checkpoint_every_images": 16}),
+            fit.LocalContext())  # fmt: skip
+
+    with pytest.raises(
+        FileNotFoundError, match=r"--resume, but no run .* at .*/other: .*holds b16"
+    ):
+        train.run(config)
+    with pytest.raises(FileNotFoundError, match=r"/nowhere/other: .*/nowhere holds no runs"):
+        train.run(config.model_copy(update={"storage": str(tmp_path / "nowhere")}))
+    with pytest.raises(ValueError, match="--fresh starts over and --resume only goes on"):
+        config_for(tiny_dataset, tmp_path, "run", resume=True, fresh=True)
+    train.run(config.model_copy(update={"name": "b16"}))  # has seen all: nothing to do
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_contradictions_in_a_config_are_refused_with_both_values(tiny_dataset, tmp_path):
     def refused(message: str, **changes) -> None:
         with pytest.raises(ValueError, match=message):
