@@ -130,7 +130,7 @@ def stage_commands(folder: Path, config: DemoConfig) -> list[tuple[str, list[str
          ["reference", data, "demo", "--output", reference]),
         ("evaluate: draw, extract features, compare",
          ["evaluate", "demo", "--model", artifact, "--reference", reference,
-          "--output", str(folder / "evaluation"), "--keep-images"]),
+          "--output", str(folder / "evaluation"), "--keep-images", "parquet"]),
         ("serve: draw one image a class through HTTP",
          ["serve", artifact, "demo", "--port", str(free_port())]),
     ]  # fmt: skip

@@ -11,7 +11,8 @@ authors of JiT, ADM's VIRTUAL_imagenet*.npz, which has `mu_s` and `sigma_s` too)
 The images come from a dataset folder, or from the array `arr_0` of an .npz such as ADM's. They are
 cut into pieces, which depend on them alone; each piece is published beside the file when it is
 extracted, and the sum is taken in the order of the pieces, so the file is the same for any fleet,
-and a run that was killed goes on.
+and a run that was killed goes on. Ray Data would stream the images as well, but knows nothing of
+pieces that are done: it would begin again.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ def neighbours() -> dict:
     }
 
 
-def guided(steps: int = 50, images: int = 2, rounds: int = 2) -> dict:
+def guided(steps: int = 20, images: int = 2, rounds: int = 3) -> dict:
     """Both networks compiled; the authors' loop runs both passes at every time."""
     from azula.plugins.jit._src import model as authors
 

@@ -29,7 +29,7 @@ from PIL import Image
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ClassInfo, FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
-from pipelines import shards, storage
+from pipelines import lease, shards, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, SamplerChoice
 from pipelines.drawing import Plan, device_name, draw_batch, read_part
 from pipelines.evaluate import run, run_reference
@@ -375,6 +375,19 @@ def test_a_foreign_reference_gives_what_its_moments_suffice_for(
     assert "FD-efflite0_high" in report["metrics"]
     assert "KID-efflite0" not in report["metrics"]
     assert "was taken on trust" in caplog.text
+
+
+@pytest.mark.ray
+def test_a_folder_that_another_process_draws_into_is_left_to_it(
+    artifact: Path, reference: Path, tmp_path: Path
+):
+    with (
+        lease.claim(str(tmp_path / "output" / "writer")),
+        pytest.raises(PermissionError, match=r"is being written by .*, process \d+ on"),
+    ):
+        run(config(artifact, reference, tmp_path / "output"))
+
+    assert not (tmp_path / "output" / "features").exists()
 
 
 @pytest.mark.ray

@@ -234,3 +234,25 @@ def test_pages_of_missing_parts_cannot_be_judged(artifact: Path, tmp_path: Path)
     with pytest.raises(evaluation.StageFailed, match=r"part-00000.parquet cannot be read back"):
         read_drawn(job)
     assert storage.list_files(str(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_a_compiled_network_draws_the_same_images_but_for_rounding_and_has_another_plan(
+    artifact: Path, worker: SampleWorker, tmp_path: Path
+):
+    plain = make_job(artifact, tmp_path / "plain", keep_images="png")
+    compiled = plain._replace(
+        plan=plain.plan.model_copy(update={"compile": True}), output=str(tmp_path / "compiled")
+    )
+
+    worker.run((plain, 0))
+    worker.run((compiled, 0))
+
+    a, b = (
+        np.stack(
+            [np.asarray(Image.open(file)) for file in sorted((tmp_path / name).rglob("*.png"))]
+        )
+        for name in ("plain", "compiled")
+    )
+    assert np.abs(a.astype(int) - b).max() <= 1
+    assert read_part(part_uri(compiled.output, 0), plain.plan, 0) is None
