@@ -428,6 +428,9 @@ class ServeConfig(StageConfig):
     """Deadline of a request."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the network."""
+    compile: bool = False
+    """torch.compile the network for four batch sizes, each of them before the server is ready: for
+    GPUs; on a CPU it takes minutes and wins little."""
     keys_file: str = ""
     """File of API keys, `KEY [CONCURRENT]` a line, besides those in the environment JIT_API_KEY."""
     key_concurrency: PositiveInt = 16

@@ -45,7 +45,8 @@ from pipelines.serve import (
 logger = logging.getLogger(__name__)
 
 OF_A_REPLICA = {
-    "slots", "max_queue", "max_images", "max_steps", "resize", "timeout_s", "precision", "cpus",
+    "slots", "max_queue", "max_images", "max_steps", "resize", "timeout_s", "precision",
+    "compile", "cpus",
 }  # fmt: skip
 """Fields of the config that a replica cannot change while it runs."""
 ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "0", PROXY_CALLBACK[0]: PROXY_CALLBACK[1]}

@@ -15,8 +15,8 @@ Rows are gathered from the occupied slots, and the unconditional pass adds rows 
 guidance is active, so the network's batch changes from tick to tick. On a CPU time grows with the
 rows (a demo-size network at 28 px, one core, fp32: 11 ms for 1 row, 16 for 2, 63 for 8, 122 for
 16), so filling one guided image up to the 16 rows of 8 slots would cost seven times its price.
-Where shapes must be few (a compiled network, CUDA graphs), `pad_to` names the batch sizes that the
-network ever sees; unused rows are zeros and their output is dropped.
+Where shapes must be static, because the network is compiled, `pad_to` names the batch sizes that
+it ever sees (`few_sizes`); unused rows are zeros and their output is dropped.
 
 One thread runs the ticks (`start`); `submit` and `Future.cancel` may be called from any thread.
 Tests call `tick` themselves. Nothing here knows about HTTP or Ray.
@@ -172,6 +172,14 @@ class PaddedNetwork:
         padded = (torch.cat((rows, rows.new_zeros(more, *rows.shape[1:]))) for rows in (z, t, y))
         output: Tensor = self.network(*padded)
         return output[: len(z)]
+
+
+def few_sizes(slots: int) -> list[int]:
+    """Batch sizes to compile for: the largest, and its half, quarter and eighth.
+
+    Padding then costs less than half of a batch, unless that has fewer rows than the smallest size.
+    """
+    return [2 * slots >> k for k in range(4) if 2 * slots >> k]
 
 
 class Engine:

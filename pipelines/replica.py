@@ -26,7 +26,7 @@ from pipelines import storage
 from pipelines.api import Live, Service, create_app
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
-from pipelines.engine import Engine
+from pipelines.engine import Engine, few_sizes
 from pipelines.guard import Key
 from pipelines.telemetry import RequestRecord, request_logger
 
@@ -124,11 +124,18 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
         )
     ClassIndex(info.classes, info.model.num_classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_artifact(folder, device)
+    if config.compile:
+        # Blocks of one kind share their compiled code, also with those of an artifact before.
+        torch._dynamo.config.recompile_limit = 100
+        for block in model.blocks:
+            block.compile(dynamic=False)
     engine = Engine(
-        load_artifact(folder, device),
+        model,
         device,
         slots=config.slots,
         max_queue=config.max_queue,
+        pad_to=few_sizes(config.slots) if config.compile else (),
         precision=config.precision,
     )
     engine.warm_up()

@@ -20,6 +20,7 @@ from pipelines.engine import (
     Engine,
     EngineFailed,
     QueueFull,
+    few_sizes,
 )
 
 CONFIG = ModelConfig(
@@ -130,6 +131,12 @@ def test_padding_shows_the_network_few_shapes(model: JiT):
     assert set(network.batches) <= {2, 6}
     with pytest.raises(ValueError, match="does not reach 2 \\* slots = 6"):
         Engine(network, torch.device("cpu"), slots=3, pad_to=(2, 4))
+
+
+def test_few_sizes_reach_a_full_batch_of_guided_images():
+    assert few_sizes(8) == [16, 8, 4, 2]
+    assert few_sizes(1) == [2, 1]
+    assert few_sizes(3) == [6, 3, 1]
 
 
 def test_one_image_is_not_kept_waiting_by_a_request_for_many(model: JiT):

@@ -126,3 +126,37 @@ def test_a_replica_that_has_nothing_else_fails_on_a_broken_artifact(tmp_path: Pa
         asyncio.run(Server(CONFIG).reconfigure({"model": str(tmp_path / "bad")}))
     with pytest.raises(ValueError, match="modle"):
         asyncio.run(Server(CONFIG).reconfigure({"modle": "x"}))
+
+
+@pytest.mark.slow
+def test_a_compiled_replica_compiles_nothing_once_it_is_ready(tmp_path: Path):
+    from torch._dynamo.utils import counters
+
+    first, second = make_artifact(tmp_path / "a", 1), make_artifact(tmp_path / "b", 2)
+    config = CONFIG.model_copy(update={"compile": True})
+
+    async def story() -> None:
+        server = Server(config)
+        app = server.__serve_build_asgi_app__()
+        await server.reconfigure({"model": str(tmp_path / "a")})
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled >= 3, "for 4, 2 and 1 rows"
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            async def draw(**asked: Any) -> dict[str, Any]:
+                body = {"class_labels": 0, "seed": 1, **asked}
+                answer = await client.post("/v1/images/generations", json=body)
+                assert answer.status_code == 200, answer.text
+                return answer.json()
+
+            for scale, n in ((1.0, 1), (3.0, 1), (3.0, 2), (1.0, 5)):
+                said = await draw(guidance_scale=scale, n=n)
+                assert said["artifact_sha256"] == first.weights_sha256
+            await server.reconfigure({"model": str(tmp_path / "b")})
+            await settled(server)
+            assert (await draw(n=3))["artifact_sha256"] == second.weights_sha256
+        assert counters["stats"]["unique_graphs"] == compiled
+        server.live.service.engine.close()
+
+    asyncio.run(story())
