@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import CancelledError
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from jitmodel.config import ModelConfig, SamplerConfig
 from jitmodel.model import JiT
+from jitmodel.pixels import to_pixels
 from jitmodel.sampler import sample, start_noise
+from pipelines.drawing import Plan, draw_batch
 from pipelines.engine import (
     DeadlineExceeded,
     Drawing,
@@ -107,6 +109,27 @@ def test_an_image_does_not_depend_on_what_shares_the_batch(model: JiT, pad_to: t
         assert_same(future.result(0).images[0], alone(model, d))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_image_is_the_evaluation_jobs_bit_for_bit_under_the_same_batch_shape(
+    model: JiT, precision: Literal["fp32", "bf16"]
+):
+    sampler = SamplerConfig(steps=9, solver="heun", cfg_scale=2.9, cfg_interval=(0.1, 0.9))
+    plan = Plan(
+        num_images=20, batch=5, chunk_batches=1, seed=3, precision=precision, sampler=sampler,
+        model=CONFIG, flow=model.flow, weights_sha256="", extractor={}, device="cpu", torch="",
+    )  # fmt: skip
+    index = range(5, 10)
+
+    evaluated = draw_batch(model, plan, torch.tensor(index))
+    engine = Engine(model, torch.device("cpu"), slots=5, precision=precision)
+    served = engine.submit(
+        [Drawing(plan.label(i), plan.seed, i, sampler) for i in index], timeout_s=60
+    )
+    run_dry(engine)
+
+    assert torch.equal(to_pixels(torch.stack(served.result(0).images)), evaluated)
+
+
 def test_only_guided_slots_get_an_unconditional_row(model: JiT):
     network = Watched(model)
     engine = Engine(network, torch.device("cpu"), slots=3)
@@ -153,6 +176,19 @@ def test_one_image_is_not_kept_waiting_by_a_request_for_many(model: JiT):
     assert ticks == 3  # one until a slot is free, two for its own steps
     run_dry(engine)
     assert len(many.result(0).images) == 8
+
+
+def test_among_equals_the_earliest_deadline_is_first(model: JiT):
+    engine = Engine(model, torch.device("cpu"), slots=1)
+    engine.submit([drawing()], timeout_s=60)
+    engine.tick()
+    patient = engine.submit([drawing(seed=1)], timeout_s=60)
+    pressed = engine.submit([drawing(seed=2)], timeout_s=30)
+
+    while not pressed.done():
+        engine.tick()
+
+    assert not patient.done()
 
 
 def test_a_cancelled_request_frees_its_slots_at_the_next_tick(model: JiT):
