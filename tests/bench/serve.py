@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable
 
@@ -159,6 +160,7 @@ def row(what: str, values: dict[str, list[float]]) -> dict:
 
 def run() -> dict:
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no replica can import it
     try:
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         sides = {"engine": deployed(StepLevel), "whole requests": deployed(WholeRequests)}
