@@ -32,16 +32,17 @@ def contact_sheet(
                 new = (np.flatnonzero(label == number) + start).tolist()
                 row += [i for i in new if i not in rejected][: COLUMNS - len(row)]
         start += len(label)
-    ids = [(r * COLUMNS + k, i) for r, f in enumerate(found.values()) for k, i in enumerate(f)]
+    columns = max(map(len, found.values())) or 1
+    ids = [(r * columns + k, i) for r, f in enumerate(found.values()) for k, i in enumerate(f)]
     side = min(size, PIXELS)
-    pixels = np.full((len(chosen) * COLUMNS, side, side, 3), 255, np.uint8)
+    pixels = np.full((len(chosen) * columns, side, side, 3), 255, np.uint8)
     for i, image in sources.read_images(root, index.refs([i for _, i in ids])):
         assert isinstance(image, bytes)
         pixels[ids[i][0]] = np.asarray(images.adm_crop(images.decode(image), side))
     names = [classes[number].name.split(",")[0][:24] for number in chosen]
     buffer = BytesIO()
     scale = max(1, 64 // side)
-    report.image_grid(pixels, COLUMNS, names, scale).save(buffer, "PNG")
+    report.image_grid(pixels, columns, names, scale).save(buffer, "PNG")
     return buffer.getvalue()
 
 

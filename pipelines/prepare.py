@@ -27,6 +27,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -236,7 +237,7 @@ def list_tars(output: str, source: sources.Source, index: Path) -> None:
         runtime.connect()
         runtime.quiet_data()
         cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
-        rows = [{"place": place, "part": tuple(dear[place])} for place in missing]
+        rows = [{"place": place, "part": json.dumps(dear[place])} for place in missing]
         blocks = min(len(missing), max(4 * cpus, len(missing) // sources.LISTERS))
         stop, pace, count = runtime.Stop(), Pace(), 0
         listed = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
@@ -273,7 +274,7 @@ def _list_parts_task(
 ) -> dict[str, list[Any]]:
     if stop.is_set():
         return {"kind": [""], "error": [""], "count": [0]}
-    parts = [sources.Part(*part) for part in batch["part"]]
+    parts = [sources.Part(*json.loads(part)) for part in batch["part"]]
     kind = error = ""
     try:
         for place, batches in zip(batch["place"], sources.list_parts(source, parts), strict=True):

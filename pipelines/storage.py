@@ -705,7 +705,9 @@ def _errors(uri: str) -> Iterator[None]:
         if status in (401, 403) or code in _REFUSALS:
             raise _refused(uri, code) from error
         if status == 404:
-            raise FileNotFoundError(errno.ENOENT, f"no such file ({code})", uri) from error
+            raise FileNotFoundError(
+                errno.ENOENT, f"no such file or bucket ({code})", uri
+            ) from error
         if status == 416:
             raise ShortRead(errno.ENODATA, "it ends before the range", uri) from error
         if status in (409, 412):
