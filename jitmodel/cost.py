@@ -168,7 +168,8 @@ def memory(
         copied = 3 * D * D + (3 * D * M if padding else 0)
     gathered = size * copied * (depth if every else 1)
     if shards > 1:
-        at_once = 2 if reshard_after_forward else depth
+        # The block at work, the next one, and the buffer that one arrives in; or all of them.
+        at_once = 3 if reshard_after_forward else depth + 1
         gathered += size * block * at_once + 4 * root_parameters(model)
         gathered += (size + 4) * block  # a block's gradient, and its fp32 copy to be reduced
     share = -(-num_parameters(model) // shards)

@@ -77,7 +77,7 @@ def test_the_arithmetic_needs_no_torch():
             {"micro_batch": 4, "pieces": 2, "precision": "fp32"},
         ),
         (
-            {"hidden_size": 512, "depth": 6, "num_heads": 8, "in_context_start": 2,
+            {"hidden_size": 768, "depth": 6, "num_heads": 12, "in_context_start": 2,
              "image_size": 128},
             {"micro_batch": 8, "checkpointing": "full", "world": 2},
         ),

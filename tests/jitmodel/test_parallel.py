@@ -17,8 +17,8 @@ from jitmodel.model import JiT
 from jitmodel.parallel import device_mesh, parallelize
 from jitmodel.state import Batch, TrainState
 
-MODEL = ModelConfig(
-    image_size=16, patch_size=4, hidden_size=48, depth=3, num_heads=2, bottleneck_dim=8,
+MODEL = ModelConfig(  # SwiGLU's true width, 106, is padded inside
+    image_size=16, patch_size=4, hidden_size=40, depth=3, num_heads=2, bottleneck_dim=8,
     in_context_len=4, in_context_start=1, num_classes=10,
 )  # fmt: skip
 OPTIMIZER = OptimizerConfig(
@@ -100,7 +100,7 @@ def run_on_ranks(world: int, port: int, folder: Path, runs: dict[str, dict]) -> 
         found[name] = torch.load(folder / name / "rank0.pt")
         state = alone(steps=0).state_dict()
         dcp_load(state, storage_reader=FileSystemReader(folder / name), no_dist=True)
-        found[name]["state"] = state
+        found[name] |= {"state": state, "folder": folder / name}
     return found
 
 
@@ -190,6 +190,29 @@ def test_weights_gathered_in_bf16_train_as_bf16_autocast_does(four_ranks):
     for key, tensor in flat(four_ranks["replicas in bf16"]["state"]).items():
         if tensor.is_floating_point():
             assert tensor.dtype == torch.float32, key
+
+
+def test_sharded_checkpoints_hold_the_true_width_of_the_mlp(four_ranks):
+    reader = FileSystemReader(four_ranks["replicas"]["folder"])
+    sizes = {n: tuple(m.size) for n, m in reader.read_metadata().state_dict_metadata.items()
+             if "blocks.0.mlp.w12.weight" in n and not n.endswith(".step")}  # fmt: skip
+
+    assert len(sizes) == 5  # weights, two EMAs, two moments
+    assert set(sizes.values()) == {(2 * 106, 40)}
+
+
+@pytest.mark.slow
+def test_sharding_recomputing_and_compiling_together_change_no_step(tmp_path, free_port):
+    runs = {"all": {"checkpointing": "selective", "compile": True, "pieces": 2}}
+    found = run_on_ranks(2, free_port, tmp_path, runs)["all"]
+    expected = alone()
+
+    assert [loss for loss, _ in found["results"]] == pytest.approx(
+        [loss for loss, _ in expected.results], rel=1e-5
+    )
+    there = flat(expected.state_dict())
+    for key, tensor in flat(found["state"]).items():
+        assert torch.allclose(tensor, there[key], rtol=1e-4, atol=1e-5), key
 
 
 def test_a_shard_size_that_does_not_divide_the_ranks_is_refused():
