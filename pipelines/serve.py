@@ -69,12 +69,14 @@ def run(config: ServeConfig) -> None:
         print(f"would serve {describe(info)} at {url_of(config)}")
         return
     again = threading.Event()
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:  # before anybody can see that it is ready: untouched, SIGHUP ends the process
+        signal.signal(signal.SIGHUP, lambda *_: again.set())
     with contextlib.suppress(KeyboardInterrupt), serving(config):
-        if threading.current_thread() is threading.main_thread():
+        if is_main:
             # Ray's own handler of SIGTERM exits with 15; a shell's `&` leaves SIGINT ignored
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler)
-            signal.signal(signal.SIGHUP, lambda *_: again.set())
         while again.wait():
             again.clear()
             try:
@@ -153,6 +155,7 @@ def options(config: ServeConfig, info: ArtifactInfo, *, gpu: bool) -> dict[str, 
                 "max_replicas": config.max_replicas,
                 # A request is ongoing from its arrival on, so this counts the engine's queue too.
                 "target_ongoing_requests": config.slots,
+                "look_back_period_s": 15,
                 "upscale_delay_s": config.upscale_delay_s,
                 "downscale_delay_s": 300,
             }

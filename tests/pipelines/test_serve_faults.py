@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -284,3 +285,64 @@ def test_memory_is_flat_at_ten_times_capacity_through_ray(artifact: Path, tmp_pa
         print(f"{rate:.0f} requests/s for 20 s: {dict(met)}, memory {before} -> {after} MB")
         for grown in (b - a for a, b in zip(before, after, strict=True)):
             assert grown < 30, "MB in 20 s of overload"
+
+
+@pytest.mark.slow
+def test_a_long_queue_starts_a_second_replica_which_draws_too(artifact: Path, tmp_path: Path):
+    log = tmp_path / "log"
+    argv = ("--slots", "2", "--max-replicas", "2", "--upscale-delay-s", "1")
+    with jit_serve(artifact, log, *argv) as (url, _):
+        over, seen = threading.Event(), list[int]()
+
+        def client() -> None:
+            while not over.is_set():
+                asked = {"prompt": "0", "num_inference_steps": 60}
+                seen.append(httpx.post(url + PATH, json=asked, timeout=90).status_code)
+
+        def drew() -> set[str]:
+            drawn = r'pid=(\d+)\).*"path": "/v1/images/generations".*"status": 200'
+            return set(re.findall(drawn, log.read_text()))
+
+        clients = [threading.Thread(target=client) for _ in range(12)]
+        for thread in clients:
+            thread.start()
+        wait_until("one replica draws", lambda: len(drew()) == 1, 30)
+        wait_until("two replicas draw", lambda: len(drew()) == 2, 120)
+        over.set()
+        for thread in clients:
+            thread.join()
+
+    assert set(seen) == {200}, "and nobody noticed"
+
+
+@pytest.mark.slow
+def test_sighup_reads_artifact_and_keys_again_and_refuses_a_broken_one(
+    artifact: Path, tmp_path: Path
+):
+    folder, keys = tmp_path / "artifact", tmp_path / "keys"
+    info = read_info(shutil.copytree(artifact, folder))
+    keys.write_text("first\n")
+    with jit_serve(folder, tmp_path / "log", "--keys-file", str(keys)) as (url, pid):
+
+        def status(key: str) -> int:
+            header = {"Authorization": f"Bearer {key}"}
+            return httpx.get(f"{url}/v1/models", headers=header).status_code
+
+        assert (status("first"), status("second")) == (200, 401)
+        keys.write_text("second\n")
+        model = JiT(MODEL, generator=torch.Generator().manual_seed(1))
+        successor = save_artifact(folder, model.state_dict(), info)
+        os.kill(pid, signal.SIGHUP)
+        wait_until("the new key opens", lambda: status("second") == 200, 60)
+        assert status("first") == 401, "the old one does not"
+        digest = httpx.get(f"{url}/readyz").json()["artifact_sha256"]
+        assert digest == successor.weights_sha256 != info.weights_sha256
+
+        (folder / "model.safetensors").write_bytes(b"broken")
+        os.kill(pid, signal.SIGHUP)
+        log = tmp_path / "log"
+        wait_until("it is refused", lambda: "the old one goes on" in log.read_text(), 60)
+        asked = {"prompt": "0"}
+        header = {"Authorization": "Bearer second"}
+        drawn = httpx.post(url + PATH, json=asked, headers=header, timeout=60).json()
+        assert drawn["artifact_sha256"] == successor.weights_sha256
