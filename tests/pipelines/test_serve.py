@@ -163,21 +163,25 @@ def check_metrics(images: int, earlier: set[str]) -> None:
     assert found["jit_images_total", ""] == images
     assert found["jit_slots", ""] == 2
     assert found["jit_slots_used", ""] == found["jit_queue_images", ""] == 0
-    # 3 answers, a client that left, 2 wrong prompts and a wrong n, a wrong key, a large body
-    assert found["jit_requests_total", "200"] >= 3
+    # 5 answers, a client that left, a wrong prompt and a wrong n, 2 wrong keys, a large body
+    assert found["jit_requests_total", "200"] >= 5
     assert found["jit_requests_total", "422"] == 2
-    assert found["jit_requests_total", "401"] == 1
+    assert found["jit_requests_total", "401"] == 2
     assert found["jit_rejections_total", "invalid_value"] == 2
-    assert found["jit_request_seconds_count", "drawing"] == 3
+    assert found["jit_request_seconds_count", "drawing"] == 5
     assert 0 < found["jit_request_seconds_sum", "drawing"] < 60
-    # three images of 4 Heun steps drawn together take 7 evaluations
-    assert found["jit_ticks_total", ""] >= 3 * 7
+    # images of 4 Heun steps drawn together take 7 evaluations, one of 20 takes 39
+    assert found["jit_ticks_total", ""] >= 4 * 7 + 39
     assert 0 < found["jit_tick_seconds_total", ""] < 60
 
 
 @pytest.mark.ray
 def test_a_started_server_draws_for_the_openai_client(
-    artifact: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+    artifact: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    repository: Path,
+    tmp_path: Path,
 ):
     monkeypatch.setenv("JIT_API_KEY", "the key")
     config = ServeConfig(
@@ -204,6 +208,13 @@ def test_a_started_server_draws_for_the_openai_client(
             found = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.b64_json or ""))))
             assert np.abs(found.astype(int) - pixels.permute(1, 2, 0).numpy()).max() <= 1
 
+        text = (repository / "README.md").read_text("utf-8").partition("## Serving")[2]
+        code = text.partition("```python\n")[2].partition("```")[0]
+        here = code.replace("http://127.0.0.1:8000", url).replace("Ankle boot", "boot")
+        monkeypatch.chdir(tmp_path)
+        exec(here.replace('"none"', '"the key"'))
+        assert Image.open("boot.png").size == (8, 8)
+
         events = client.images.generate(prompt="boot", stream=True, partial_images=2)
         assert [event.type for event in events][-1] == "image_generation.completed"
 
@@ -228,7 +239,13 @@ def test_a_started_server_draws_for_the_openai_client(
         asked = {"prompt": "boot", "n": 17}
         refused = httpx.post(f"{url}/v1/images/generations", json=asked, headers=header)
         assert refused.status_code == 422
-        check_metrics(5, earlier)
+        asked = {"prompt": "boot", "response_format": "url"}
+        linked = httpx.post(f"{url}/v1/images/generations", json=asked, headers=header).json()
+        link = linked["data"][0]["url"]
+        assert link.startswith(url), "the address that the client used, not the replica's"
+        assert httpx.get(link).status_code == 401
+        assert httpx.get(link, headers=header).content.startswith(b"\x89PNG")
+        check_metrics(7, earlier)
         assert "<title>" in httpx.get(url, auth=("me", "the key")).text
         with (
             pytest.raises(ValueError, match="Ray Serve already runs in this cluster"),
