@@ -24,6 +24,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from urllib.parse import unquote
@@ -43,6 +44,8 @@ ATTEMPTS = 30
 """Times that pyarrow asks for a range; it waits at most 20 s in between."""
 DEADLINE_S = 180.0
 """How long a store may fail a request until we give up."""
+DELETIONS = 16
+"""Objects that are deleted at once."""
 PATIENT_TRIES = 4
 """Tries that go by without a word in the log."""
 TEMPORARY = ".tmp-"
@@ -373,8 +376,10 @@ def delete(uri: str) -> None:
     keys = [key]
     for page in _pages(uri, Bucket=bucket, Prefix=f"{key.rstrip('/')}/"):
         keys += [found for found, _ in _page(page)]
-    for found in keys:
-        _send(uri, functools.partial(_client().delete_object, Bucket=bucket, Key=found))
+    requests = [functools.partial(_client().delete_object, Bucket=bucket, Key=k) for k in keys]
+    with ThreadPoolExecutor(DELETIONS) as pool:  # one request for many is not known to every store
+        for _ in pool.map(functools.partial(_send, uri), requests):
+            pass
 
 
 def fetch(uri: str) -> Path:

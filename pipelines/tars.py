@@ -67,7 +67,9 @@ def members(ranges: storage.Ranges, first: int = 0, length: int | None = None) -
         if kind in b"\x001234567" and kind not in b"\x0007":
             size = 0  # links, directories and devices have no content, whatever they say
         if b"size" in pax and kind not in b"xgLK":
-            size = int(pax[b"size"])
+            size = int(pax[b"size"]) if pax[b"size"].isdigit() else -1
+        if size < 0:  # would lead back, for ever
+            raise ValueError(f"{ranges.uri}: the header at byte {place} has no size: it is damaged")
         place = data + (size + BLOCK - 1) // BLOCK * BLOCK
         if data + size > end:
             raise ValueError(

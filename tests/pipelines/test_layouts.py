@@ -256,9 +256,33 @@ def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
         open_source(str(tmp_path / "flat"), labels=str(tmp_path / "labels"))
 
 
+def _with_size(size: bytes) -> bytes:
+    """A tar whose one header says this for its size, and is right in all else."""
+    archive = bytearray(tar([("a.jpg", b"1")]))
+    archive[124:136] = size.ljust(12, b"\0")
+    archive[148:156] = b" " * 8
+    archive[148:156] = b"%06o\0 " % sum(archive[:512])
+    return bytes(archive)
+
+
+def _with_pax_size(size: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("a.jpg")
+        info.pax_headers = {"size": size}
+        archive.addfile(info)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("x.tar", _with_size(b"-0000001000"), "header at byte 0 has no size"),
+        ("x.tar", _with_size(b"77777777777"), "ends in the middle of a member"),
+        ("x.tar", _with_size(b"\xff" * 12), "ends in the middle of a member"),
+        ("x.tar", _with_size(b"9"), "no tar header at byte 0"),
+        ("x.tar", _with_pax_size("-1024"), "header at byte 1024 has no size"),
+        ("x.tar", _with_pax_size("many"), "header at byte 1024 has no size"),
         ("x.tar", b"", "is an empty archive"),
         ("x.tar", bytes(10240), "is an empty archive"),
         ("x.tar", b"no tar at all" * 100, "no tar header at byte 0"),
