@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 ASK_EVERY_S = 5.0
+ELASTIC_START_S = 30.0
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
@@ -106,7 +107,11 @@ class WholeLanes(ElasticScalingPolicy):
         self.numbers = numbers
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        room = super()._count_possible_workers(reserved_resources)
+        # What is reserved may be on a node that has died since.
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        alive = {node["NodeID"] for node in nodes if node["Alive"]}
+        there = {node: kinds for node, kinds in reserved_resources.items() if node in alive}
+        room = super()._count_possible_workers(there)
         return max((number for number in self.numbers if number <= room), default=0)
 
 
@@ -239,14 +244,20 @@ def launch(
     Raises:
         StageFailed: workers failed more often than max_failures.
     """
-    os.environ[START_TIMEOUT] = str(config.start_timeout_s)
+    numbers = config.world_sizes
+    # A lost node is counted as room until its silence is noticed. An elastic run that wants its
+    # place looks again after a short while; another one waits for a new node.
+    patience_s, retries = config.start_timeout_s, 0
+    if len(numbers) > 1:
+        patience_s = min(patience_s, ELASTIC_START_S)
+        retries = round(config.start_timeout_s / patience_s)
+    os.environ[START_TIMEOUT] = str(patience_s)
     if not get_dashboard_url():  # type: ignore[no-untyped-call]
         # Nobody announces the end of a cluster of one's own.
         os.environ[WATCH_PREEMPTION] = "0"
     notes = storage.join(run_uri(config), "ray")
     system, path = storage.filesystem(notes)
     # The ignored types are those of Train V1, which ray.train shows to a type checker.
-    numbers = config.world_sizes
     trainer = Trainer(
         worker,  # type: ignore[arg-type]
         train_loop_config=config.model_dump(mode="json"),
@@ -265,7 +276,7 @@ def launch(
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             # Without a limit, a controller that cannot place its workers tries for ever.
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=config.max_failures, controller_failure_limit=0
+                max_failures=config.max_failures, controller_failure_limit=retries
             ),
         ),
         validation_config=validated(config.validation, use_gpu=use_gpu),

@@ -3,12 +3,18 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import ray
+import ray.train
 
 from pipelines import checkpoints
 from pipelines.loader import Loader
@@ -17,11 +23,10 @@ from pipelines.train import WholeLanes
 from tests.pipelines.runs import config_for
 
 STORY = """
-import json, logging, os, sys, threading, time
+import json, os, subprocess, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-from ray._private.test_utils import wait_for_condition
 from pipelines import fit, train
 from pipelines.config import TrainConfig
 
@@ -44,13 +49,6 @@ def seen():
     except (OSError, IndexError):
         return 0
 
-def worlds():
-    found = set()
-    for file in Path(config.storage).glob("ids-*.jsonl"):
-        lines = file.read_text().splitlines()
-        found |= {json.loads(line)[0] for line in lines[-1:] if line.endswith("]]")}
-    return found
-
 def latest_world():
     files = sorted(Path(config.storage).glob("ids-*.jsonl"), key=lambda f: f.stat().st_mtime)
     lines = [l for l in files[-1].read_text().splitlines() if l.endswith("]]")] if files else []
@@ -66,9 +64,13 @@ def until(what, condition, timeout=150):
 
 config = TrainConfig.model_validate_json(sys.argv[1])
 events = sys.argv[2:]
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
-nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
-ray.init(address=cluster.address, logging_level="WARNING")
+address, cluster = os.environ.get("STORY_ADDRESS"), None
+if not address:
+    head = {"num_cpus": 0, "include_dashboard": True}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
+    address = cluster.address
+ray.init(address=address, logging_level="WARNING")
 outcome = []
 def run():
     try:
@@ -87,10 +89,12 @@ for event in events:
         nodes.append(cluster.add_node(num_cpus=2))
         before = seen()
         until("it has grown to four workers", lambda: latest_world() == 4 and seen() > before + 32)
+    elif event == "cut":
+        subprocess.run(os.environ["STORY_CUT"].split(), check=True)
+        before = seen()
+        until("it goes on alone", lambda: latest_world() == 1 and seen() > before + 32)
     elif event == "notice":
-        from ray._private.worker import global_worker
         gcs = ray._raylet.GcsClient(address=cluster.gcs_address)
-        import binascii
         taken, reason = gcs.drain_node(
             nodes[-1].node_id, 2, "the cloud takes it back", int(time.time() * 1000) + 30_000
         )
@@ -108,17 +112,20 @@ for event in events:
 training.join(300)
 print("OUTCOME", json.dumps(outcome), flush=True)
 ray.shutdown()
-cluster.shutdown()
+if cluster:
+    cluster.shutdown()
 """
 
 
-def tell(story: list[str], config) -> tuple[list[str], dict]:
+def tell(
+    story: list[str], config, where: tuple[str, ...] = (), **environment: str
+) -> tuple[list[str], dict]:
     """Run a story in a process of its own; its events, and the answer of the run."""
     folder = tempfile.mkdtemp(prefix="je", dir="/tmp")
     try:
         done = subprocess.run(
-            [sys.executable, "-c", STORY, config.model_dump_json(), *story],
-            env=os.environ | {"RAY_TMPDIR": folder, "RAY_health_check_period_ms": "1000"},
+            [*where, sys.executable, "-c", STORY, config.model_dump_json(), *story],
+            env=os.environ | {"RAY_TMPDIR": folder} | environment,
             capture_output=True,
             text=True,
             timeout=580,
@@ -191,6 +198,90 @@ def test_a_notice_that_a_node_will_go_makes_a_checkpoint_in_time(tiny_dataset, t
     batches_were_those_of_an_unbroken_run(tiny_dataset, config)
 
 
+@pytest.fixture
+def two_hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, 10.77.7.1 and 10.77.7.2, joined by a pair of virtual cables."""
+    names = f"jit-a{os.getpid()}", f"jit-b{os.getpid()}"
+    cables = f"ja{os.getpid() % 10**6}", f"jb{os.getpid() % 10**6}"
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2 to make network namespaces")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+    except subprocess.CalledProcessError as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+        pytest.skip(f"this machine does not let us make network namespaces: {error.stderr}")
+    for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
+        ip("link", "set", cable, "netns", name)
+        ip("-n", name, "link", "set", cable, "name", "eth9")
+        ip("-n", name, "addr", "add", f"10.77.7.{number}/24", "dev", "eth9")
+        ip("-n", name, "link", "set", "eth9", "up")
+        ip("-n", name, "link", "set", "lo", "up")
+    yield names
+    for name in names:
+        inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+        for pid in inside.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_host_that_is_cut_off_is_given_up_and_the_run_goes_on(
+    two_hosts, tiny_dataset, tmp_path, short_tmp
+):
+    """Gradients go through a real network, of which one end is then pulled."""
+    here, there = two_hosts
+    environment = {
+        "GLOO_SOCKET_IFNAME": "eth9",
+        "RAY_health_check_initial_delay_ms": "1000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_failure_threshold": "5",
+    }
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
+    starts = {
+        here: [
+            "--head", "--port=6399", "--node-ip-address=10.77.7.1", "--include-dashboard=true",
+            f"--temp-dir={short_tmp}",
+        ],
+        there: ["--address=10.77.7.1:6399", "--node-ip-address=10.77.7.2"],
+    }  # fmt: skip
+    for host, options in starts.items():
+        log = (short_tmp / f"{host}.log").open("w")
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", host, *start, *options],
+            env=os.environ | environment, stdout=log, stderr=log,
+        )  # fmt: skip
+        while "Ray runtime started" not in Path(log.name).read_text():
+            assert process.poll() is None, Path(log.name).read_text()
+            time.sleep(0.2)
+    config = config_for(
+        tiny_dataset, tmp_path, workers="1:2", total_images=16 * 300, checkpoint_every_images=64,
+        resize_every_s=300, max_failures=5, micro_batch=16,
+    )  # fmt: skip
+
+    story, answer = tell(
+        ["cut"],
+        config,
+        where=("ip", "netns", "exec", here),
+        STORY_ADDRESS="10.77.7.1:6399",
+        STORY_CUT=f"ip -n {there} link set eth9 down",
+        **environment,
+    )
+
+    assert len(story) == 2, story
+    assert answer["images_seen"] == 16 * 300
+    batches_were_those_of_an_unbroken_run(tiny_dataset, config)
+
+
 def test_an_elastic_run_has_only_numbers_of_workers_that_share_evenly(tiny_dataset, tmp_path):
     def world_sizes(workers: str, **changes) -> list[int]:
         return config_for(tiny_dataset, tmp_path, workers=workers, **changes).world_sizes
@@ -208,10 +299,11 @@ def test_an_elastic_run_has_only_numbers_of_workers_that_share_evenly(tiny_datas
 
 
 @pytest.mark.parametrize(("room", "expected"), [(9, 8), (8, 8), (7, 4), (3, 2), (1, 0)])
-def test_room_for_seven_workers_is_used_by_four(room: int, expected: int):
-    import ray.train
-
+def test_room_for_seven_workers_is_used_by_four(room: int, expected: int, monkeypatch):
+    nodes = [{"NodeID": "here", "Alive": True}, {"NodeID": "gone", "Alive": False}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
     scaling = ray.train.ScalingConfig(num_workers=(2, 8))
     policy = WholeLanes(scaling, [2, 4, 8])
 
-    assert policy._count_possible_workers({"node": {"CPU": float(room)}}) == expected
+    reserved = {"here": {"CPU": float(room)}, "gone": {"CPU": 8.0}}
+    assert policy._count_possible_workers(reserved) == expected

