@@ -169,17 +169,17 @@ def batches_were_those_of_an_unbroken_run(data: Path, config) -> None:
 @pytest.mark.timeout(600)
 def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tiny_dataset, tmp_path):
     config = config_for(
-        tiny_dataset, tmp_path, workers="2:4", total_images=16 * 400, checkpoint_every_images=64,
+        tiny_dataset, tmp_path, workers="2:4", total_images=16 * 200, checkpoint_every_images=64,
         resize_every_s=2, max_failures=5, micro_batch=16,
     )  # fmt: skip
 
     story, answer = tell(["lose", "gain"], config)
 
     assert len(story) == 3, story
-    assert answer["images_seen"] == 16 * 400
+    assert answer["images_seen"] == 16 * 200
     found = checkpoints.newest(str(tmp_path / "run"))
     assert found is not None
-    assert found.meta.images_seen == 16 * 400
+    assert found.meta.images_seen == 16 * 200
     batches_were_those_of_an_unbroken_run(tiny_dataset, config)
 
 
@@ -187,14 +187,14 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tiny_dataset
 @pytest.mark.timeout(600)
 def test_a_notice_that_a_node_will_go_makes_a_checkpoint_in_time(tiny_dataset, tmp_path):
     config = config_for(
-        tiny_dataset, tmp_path, workers="2:4", total_images=16 * 300, checkpoint_every_images=1600,
+        tiny_dataset, tmp_path, workers="2:4", total_images=16 * 160, checkpoint_every_images=1600,
         max_failures=5, micro_batch=16, keep_checkpoints=9,
     )  # fmt: skip
 
     story, answer = tell(["notice"], config)
 
     assert len(story) == 3, story
-    assert answer["images_seen"] == 16 * 300
+    assert answer["images_seen"] == 16 * 160
     batches_were_those_of_an_unbroken_run(tiny_dataset, config)
 
 
@@ -264,7 +264,7 @@ def test_a_host_that_is_cut_off_is_given_up_and_the_run_goes_on(
             assert process.poll() is None, Path(log.name).read_text()
             time.sleep(0.2)
     config = config_for(
-        tiny_dataset, tmp_path, workers="1:2", total_images=16 * 300, checkpoint_every_images=64,
+        tiny_dataset, tmp_path, workers="1:2", total_images=16 * 160, checkpoint_every_images=64,
         resize_every_s=300, max_failures=5, micro_batch=16,
     )  # fmt: skip
 
@@ -278,7 +278,7 @@ def test_a_host_that_is_cut_off_is_given_up_and_the_run_goes_on(
     )
 
     assert len(story) == 2, story
-    assert answer["images_seen"] == 16 * 300
+    assert answer["images_seen"] == 16 * 160
     batches_were_those_of_an_unbroken_run(tiny_dataset, config)
 
 
