@@ -121,6 +121,19 @@ def recompute_in_backward(block: nn.Module, *, selective: bool) -> None:
     block.forward = recomputed
 
 
+def store_as_computed(model: JiT, precision: Precision) -> JiT:
+    """Keep the weights that autocast would cast at every use in the compute type, in place.
+
+    For drawing only: every bit of the output stays, a network evaluation reads half of the bytes
+    and casts nothing. Norms, tables and embeddings are used in fp32 and stay so.
+    """
+    if precision == "bf16":
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(torch.bfloat16)
+    return model
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """bf16 autocast as the paper trains, or nothing for fp32."""
     if precision == "fp32":

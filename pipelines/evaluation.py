@@ -20,7 +20,7 @@ import torch
 
 from jitmodel.config import ClassInfo
 from jitmodel.model import JiT
-from jitmodel.parallel import parallelize
+from jitmodel.parallel import parallelize, store_as_computed
 from pipelines import metrics, storage
 from pipelines.config import EvaluateConfig, KeepImages, StageFailed
 from pipelines.drawing import (
@@ -69,7 +69,7 @@ class SampleWorker:
 
     def __init__(self, extractor: str, weights: str) -> None:
         self.extractor_name, self.weights = extractor, weights
-        self.loaded: tuple[str, bool] | None = None
+        self.loaded: tuple[str, str, bool] | None = None
         self.model: JiT
 
     def start(self) -> str:
@@ -80,15 +80,16 @@ class SampleWorker:
     def run(self, item: tuple[Job, int]) -> int:
         """Draw a chunk of a job; the number of its images."""
         job, chunk = item
-        wanted = (job.plan.weights_sha256, job.plan.compile)
+        plan = job.plan
+        wanted = (plan.weights_sha256, plan.precision, plan.compile)
         if wanted != self.loaded:
-            self.model = load_model(job.source, self.device)
-            if job.plan.compile:
+            self.model = store_as_computed(load_model(job.source, self.device), plan.precision)
+            if plan.compile:
                 parallelize(self.model, compile=True)
             self.loaded = wanted
-        part, images = draw(self.model, self.extractor, job.plan, chunk, self.device)
+        part, images = draw(self.model, self.extractor, plan, chunk, self.device)
         keep(images, part, job, chunk)
-        write_part(part_uri(job.output, chunk), part, job.plan, chunk)
+        write_part(part_uri(job.output, chunk), part, plan, chunk)
         return len(images)
 
 

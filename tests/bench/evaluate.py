@@ -23,7 +23,7 @@ import torch
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ModelConfig, SamplerConfig
 from jitmodel.model import JiT
-from jitmodel.parallel import parallelize
+from jitmodel.parallel import parallelize, store_as_computed
 from jitmodel.sampler import sample, start_noise
 
 # 256 tokens as in the paper, but small enough to draw some images in a minute.
@@ -70,7 +70,7 @@ def bare_rate(artifact: Path) -> float:
 
     torch.set_num_threads(1)
     job = small_job(artifact, artifact)
-    model = load_model(job.source)
+    model = store_as_computed(load_model(job.source), "bf16")
     for i in range(WARM + TIMED):
         if i == WARM:
             start = time.perf_counter()
@@ -253,7 +253,7 @@ def guided(steps: int = 20, images: int = 2, rounds: int = 3) -> dict:
     theirs = authors.JiT_models["JiT-B/16"](input_size=256).eval()
     ours = JiT(ModelConfig.named("JiT-B/16", image_size=256))
     ours.load_state_dict(theirs.state_dict())
-    parallelize(ours.eval(), compile=True)
+    parallelize(store_as_computed(ours.eval().requires_grad_(False), "bf16"), compile=True)
     config = SamplerConfig(steps=steps, solver="heun", cfg_scale=2.9, cfg_interval=(0.1, 1.0))
     y = torch.arange(images)
     e = start_noise(ours.flow, ours.config, 0, torch.arange(images))

@@ -359,7 +359,7 @@ def test_images_of_another_size_are_judged_at_the_references_and_agree_with_the_
 
 @pytest.mark.ray
 def test_a_foreign_reference_gives_what_its_moments_suffice_for(
-    artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ray_cluster: None, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     features = np.random.default_rng(0).normal(size=(100, 1280))
     np.savez(tmp_path / "ref.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))

@@ -16,12 +16,13 @@ from PIL import Image
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ClassInfo, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
+from jitmodel.parallel import store_as_computed
 from pipelines import evaluation, metrics, storage
 from pipelines.config import EvaluateConfig, KeepImages
-from pipelines.drawing import part_uri, pixels_sha256, read_part
+from pipelines.drawing import draw_batch, part_uri, pixels_sha256, read_part
 from pipelines.evaluation import Job, SampleWorker, missing_chunks, read_drawn
 from pipelines.features import get_extractor
-from pipelines.models import find_model
+from pipelines.models import find_model, load_model
 from pipelines.reference import Reference
 from tests.pipelines.conftest import FaultyStore
 
@@ -234,6 +235,18 @@ def test_pages_of_missing_parts_cannot_be_judged(artifact: Path, tmp_path: Path)
     with pytest.raises(evaluation.StageFailed, match=r"part-00000.parquet cannot be read back"):
         read_drawn(job)
     assert storage.list_files(str(tmp_path)) == []
+
+
+def test_weights_in_the_compute_type_draw_the_same_pixels_bit_by_bit(artifact: Path):
+    job = make_job(artifact, "nowhere")
+    plan = job.plan.model_copy(update={"precision": "bf16"})
+    index = torch.arange(8)
+
+    cast = draw_batch(store_as_computed(load_model(job.source), "bf16"), plan, index)
+    whole = draw_batch(load_model(job.source), plan, index)
+
+    assert torch.equal(cast, whole)
+    assert not torch.equal(whole, draw_batch(load_model(job.source), job.plan, index))  # of fp32
 
 
 @pytest.mark.slow
