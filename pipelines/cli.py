@@ -45,6 +45,8 @@ STAGES: dict[str, Stage] = {
                        "pipelines.evaluate:run_reference"),
     "evaluate": Stage("artifact or run -> evaluation folder", c.EvaluateConfig, None,
                       "pipelines.evaluate:run"),
+    "sweep": Stage("model -> the sampler and EMA that suit it, and its evaluation",
+                   c.SweepConfig, None, "pipelines.sweep:run"),
     "serve": Stage("artifact -> HTTP", c.ServeConfig, "model", "pipelines.serve:run"),
     "deploy": Stage("artifact -> HTTP on a cluster that runs", c.DeployConfig, "model",
                     "pipelines.deploy:run"),

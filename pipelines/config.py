@@ -15,6 +15,7 @@ import yaml
 from pydantic import (
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -402,6 +403,57 @@ class EvaluateConfig(StageConfig):
     convention) for each chunk."""
     workers: int = Field(0, ge=0)
     """Sampling processes; 0 means one for each CPU or GPU of the cluster."""
+
+
+class GridConfig(Config):
+    """Settings that a sweep combines. An axis that is left empty has one value if --sampler or
+    --ema gives it, else the values that are said here."""
+
+    ema: tuple[Probability, ...] = ()
+    """Decays of EMAs; by default all that the run keeps, or those of the artifacts."""
+    cfg_scale: tuple[NonNegativeFloat, ...] = ()
+    """Guidance scales; by default the paper's 1.0 to 4.0 by 0.1."""
+    cfg_interval: tuple[tuple[float, float], ...] = ()
+    """Guidance intervals; by default 0 1, which is all the time, and the paper's 0.1 1."""
+    steps: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = ()
+    """Numbers of steps; by default the one that the model recommends."""
+    solver: tuple[Literal["heun", "euler"], ...] = ()
+    """Solvers; by default the one that the model recommends."""
+
+
+class SweepConfig(EvaluateConfig):
+    """Model -> the guidance, EMA, interval, steps and solver that suit it, and its evaluation."""
+
+    models: tuple[str, ...] = ()
+    """URIs of several artifacts, one an EMA of the same run, instead of --model."""
+    ema: Probability | None = None
+    """Decay of the one EMA to sweep with; by default grid.ema decides."""
+    num_images: PositiveInt = 50_000
+    """Images to draw at the winner, spread evenly over the classes."""
+    cell_images: PositiveInt = 8_000
+    """Images to draw for each cell of the grid: the first ones of the winner's, same start noise
+    and all."""
+    grid: GridConfig = GridConfig()
+    """What the sweep combines."""
+    search: Literal["refined", "exhaustive"] = "refined"
+    """Refined: a few guidance scales first, then those between the best and its neighbours.
+    Exhaustive: all of them."""
+    plan: bool = False
+    """Print cells, images, network evaluations and the time that one worker's speed promises, and
+    stop there. Unlike --dry-run it starts Ray and measures."""
+
+    @model_validator(mode="after")
+    def _an_axis_is_chosen_once(self) -> Self:
+        chosen = {"ema": self.ema, **self.sampler.model_dump()}
+        for axis, value in chosen.items():
+            grid = getattr(self.grid, axis)
+            if value is not None and grid:
+                raise ValueError(
+                    f"{axis} is chosen twice: {value} for all cells, and {grid} by grid.{axis}"
+                )
+        if self.model and self.models:
+            raise ValueError(f"both model {self.model} and models {self.models}: give one of them")
+        return self
 
 
 class ServeConfig(StageConfig):

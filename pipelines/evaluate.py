@@ -17,19 +17,19 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
     raise SystemExit(main(["evaluate", *sys.argv[1:]]))
 
-import errno
 import logging
 import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-from pipelines import evaluation, lease, report, storage
+from pipelines import evaluation, lease, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, StageFailed, require
 from pipelines.evaluation import (
+    WRITER,
     Job,
     SampleWorker,
+    explained,
     make_plan,
     missing_chunks,
     pick_device,
@@ -58,8 +58,6 @@ from pipelines.runtime import connect
 from pipelines.versions import tool_versions
 
 logger = logging.getLogger(__name__)
-
-WRITER = "writer"
 
 
 class FeatureWorker:
@@ -97,15 +95,7 @@ def run(config: EvaluateConfig) -> None:
     reference = read_reference(config.reference)
     source = find_model(config.model, config.ema)
     info = source.info
-    resize = None
-    if config.resize:
-        if reference.identity is None:
-            raise ValueError(
-                f"--resize needs a reference that tells its image size; {config.reference} has no "
-                "identity block"
-            )
-        if reference.identity.image_size != info.model.image_size:
-            resize = reference.identity.image_size
+    resize = evaluation.resize_to(config, reference, info.model.image_size)
     here = plan = make_plan(config, source, extractor, resize)
     check_match(reference, extractor, plan.image_size, info.model.num_classes, info.classes)
     if config.dry_run:
@@ -136,23 +126,7 @@ def run(config: EvaluateConfig) -> None:
         with explained(config.output), lease.claim(storage.join(config.output, WRITER)):
             seconds = draw_chunks(config, job, missing, workers, gpu)
             storage.delete(storage.join(config.output, WRITER))
-    drawn = evaluation.read_drawn(job)
-    judged = evaluation.judge(drawn, reference, extractor)
-    warnings = evaluation.warnings(drawn, reference, extractor)
-    found = {
-        "format_version": 1,
-        "metrics": judged,
-        "warnings": warnings,
-        "identity": evaluation.identity(job, drawn, reference),
-        "config": config.model_dump(mode="json"),
-        "seconds": seconds,
-    }
-    for warning in warnings:
-        logger.warning("%s", warning)
-    with explained(config.output):
-        report.write_report(config.output, found, evaluation.shown_rows(drawn, job))
-    logger.info("%s", report.headline(judged))
-    logger.info("report: %s", storage.join(config.output, "report.md"))
+    evaluation.write_evaluation(job, config, reference, extractor, seconds)
 
 
 def draw_chunks(
@@ -169,20 +143,6 @@ def draw_chunks(
         for _, images in pool.map((job, chunk) for chunk in chunks):
             progress.add(images)
     return time.monotonic() - progress.start
-
-
-@contextmanager
-def explained(output: str) -> Iterator[None]:
-    """Say of a full disk what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StageFailed(
-                f"no room to write to {error.filename or output} ({os.strerror(error.errno)}): "
-                "make room and run the same command again; what is finished is kept"
-            ) from error
-        raise
 
 
 def run_reference(config: ReferenceConfig) -> None:

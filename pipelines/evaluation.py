@@ -7,11 +7,14 @@ the model or a GPU.
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
 import platform
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ import torch
 from jitmodel.config import ClassInfo
 from jitmodel.model import JiT
 from jitmodel.parallel import parallelize, store_as_computed
-from pipelines import metrics, storage
+from pipelines import metrics, report, storage
 from pipelines.config import EvaluateConfig, KeepImages, StageFailed
 from pipelines.drawing import (
     VECTORS,
@@ -44,7 +47,9 @@ from pipelines.reference import Reference
 from pipelines.shards import Row, write_shard
 from pipelines.versions import tool_versions
 
-PLAN, IMAGES = "plan.json", "images"
+logger = logging.getLogger(__name__)
+
+PLAN, IMAGES, WRITER = "plan.json", "images", "writer"
 
 
 class Job(NamedTuple):
@@ -77,9 +82,8 @@ class SampleWorker:
         self.extractor = get_extractor(self.extractor_name, self.weights, self.device)
         return f"process {os.getpid()} on {platform.node()}, {self.device.type}"
 
-    def run(self, item: tuple[Job, int]) -> int:
-        """Draw a chunk of a job; the number of its images."""
-        job, chunk = item
+    def hold(self, job: Job) -> None:
+        """Load the model of a job, unless it is the one that is held."""
         plan = job.plan
         wanted = (plan.weights_sha256, plan.precision, plan.compile)
         if wanted != self.loaded:
@@ -87,10 +91,32 @@ class SampleWorker:
             if plan.compile:
                 parallelize(self.model, compile=True)
             self.loaded = wanted
-        part, images = draw(self.model, self.extractor, plan, chunk, self.device)
+
+    def run(self, item: tuple[Job, int]) -> int:
+        """Draw a chunk of a job; the number of its images."""
+        job, chunk = item
+        self.hold(job)
+        part, images = draw(self.model, self.extractor, job.plan, chunk, self.device)
         keep(images, part, job, chunk)
-        write_part(part_uri(job.output, chunk), part, plan, chunk)
+        write_part(part_uri(job.output, chunk), part, job.plan, chunk)
         return len(images)
+
+
+def resize_to(config: EvaluateConfig, reference: Reference, image_size: int) -> int | None:
+    """Side to which images of this size are resized before they are judged; None: they are not.
+
+    Raises:
+        ValueError: nobody knows the reference's size.
+    """
+    if not config.resize:
+        return None
+    if reference.identity is None:
+        raise ValueError(
+            f"--resize needs a reference that tells its image size; {config.reference} has no "
+            "identity block"
+        )
+    size = reference.identity.image_size
+    return None if size == image_size else size
 
 
 def make_plan(
@@ -167,6 +193,20 @@ def refuse_another(output: str, stored: Plan, plan: Plan) -> None:
             f"{storage.join(output, PLAN)} holds another plan: {'; '.join(lines)}. "
             "Choose another --output, or the same settings."
         )
+
+
+@contextmanager
+def explained(output: str) -> Iterator[None]:
+    """Say of a full disk what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StageFailed(
+                f"no room to write to {error.filename or output} ({os.strerror(error.errno)}): "
+                "make room and run the same command again; what is finished is kept"
+            ) from error
+        raise
 
 
 def missing_chunks(job: Job) -> list[int]:
@@ -346,3 +386,37 @@ def shown_rows(drawn: Drawn, job: Job) -> list[tuple[str, list[bytes]]]:
         rows.setdefault(job.plan.label(index), []).append(image)
     names = dict(enumerate(c.name for c in job.source.info.classes))
     return [(names.get(label, f"class {label}"), rows[label]) for label in sorted(rows)]
+
+
+def write_evaluation(
+    job: Job, config: EvaluateConfig, reference: Reference, extractor: Identity, seconds: float
+) -> dict[str, Any]:
+    """Judge a folder in which no chunk is missing, and publish its report.
+
+    Args:
+        job: what was drawn.
+        config: what was asked for.
+        reference: what the images are compared with.
+        extractor: identity of the extractor.
+        seconds: what drawing took.
+
+    Returns:
+        What report.json holds.
+    """
+    drawn = read_drawn(job)
+    judged, warned = judge(drawn, reference, extractor), warnings(drawn, reference, extractor)
+    found = {
+        "format_version": 1,
+        "metrics": judged,
+        "warnings": warned,
+        "identity": identity(job, drawn, reference),
+        "config": config.model_dump(mode="json"),
+        "seconds": seconds,
+    }
+    for warning in warned:
+        logger.warning("%s", warning)
+    with explained(job.output):
+        report.write_report(job.output, found, shown_rows(drawn, job))
+    logger.info("%s", report.headline(judged))
+    logger.info("report: %s", storage.join(job.output, "report.md"))
+    return found

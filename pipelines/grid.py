@@ -49,7 +49,9 @@ class Line(NamedTuple):
     solver: str
     steps: int
     interval: Interval
+    scales: tuple[float, ...]
     cells: tuple[Cell, ...]
+    """One for each scale; a cell that draws what another one draws goes by that one's settings."""
 
 
 def make_lines(
@@ -59,16 +61,16 @@ def make_lines(
     intervals: Sequence[Interval],
     scales: Iterable[float],
 ) -> list[Line]:
-    """Every combination; settings that draw the same images share one cell.
+    """Every combination, EMA by EMA; settings that draw the same images share one cell.
 
     Raises:
         ValueError: a value is none that a sampler can have.
     """
-    scales = sorted(set(scales))
-    lines = []
-    for solver, number in itertools.product(dict.fromkeys(solvers), dict.fromkeys(steps)):
+    scales = tuple(sorted(set(scales)))
+    samplers: dict[tuple[str, int], dict[Interval, list[SamplerConfig]]] = {}
+    for solver, number in itertools.product(solvers, steps):
         known: dict[tuple[float, tuple[bool, ...]], SamplerConfig] = {}
-        samplers = {
+        samplers[solver, number] = {
             interval: [
                 _same(
                     SamplerConfig(
@@ -80,9 +82,12 @@ def make_lines(
             ]
             for interval in intervals
         }
-        for ema, (interval, row) in itertools.product(dict.fromkeys(emas), samplers.items()):
-            lines.append(Line(ema, solver, number, interval, tuple(Cell(ema, s) for s in row)))
-    return lines
+    return [
+        Line(ema, solver, number, interval, scales, tuple(Cell(ema, s) for s in row))
+        for ema in dict.fromkeys(emas)
+        for (solver, number), rows in samplers.items()
+        for interval, row in rows.items()
+    ]
 
 
 def _same(

@@ -7,6 +7,7 @@ one that `jit export` would write, so evaluating the one or the other is the sam
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,50 @@ def find_model(uri: str, ema: float | None = None) -> Source:
     info = artifact_info(found, ema)
     digest = weights_sha256(read_weights(found, ema))
     return Source(found.uri, False, info.model_copy(update={"weights_sha256": digest}))
+
+
+def find_models(uris: Sequence[str], emas: Sequence[float] = ()) -> dict[float, Source]:
+    """The models of one run that differ in their EMA, by its decay.
+
+    Args:
+        uris: of a run folder or a checkpoint, or of artifacts.
+        emas: which decays; none means all that there are.
+
+    Raises:
+        FileNotFoundError: there is no model at a URI.
+        ValueError: an EMA is not there or comes twice, or the models differ in more than it.
+    """
+    found: list[Source] = []
+    for uri in uris:
+        if storage.exists(storage.join(uri, CONFIG)) or not storage.exists(uri):
+            found.append(find_model(uri))
+        else:
+            # One checkpoint for all, though training may write another in between.
+            checkpoint = checkpoints.find(uri)
+            decays = emas or checkpoint.meta.config["optimizer"]["ema_decays"]
+            found += [find_model(checkpoint.uri, ema) for ema in dict.fromkeys(decays)]
+    models: dict[float, Source] = {}
+    for source in found:
+        ema, first = source.info.ema_decay, found[0]
+        if ema in models:
+            raise ValueError(
+                f"{models[ema].uri} and {source.uri} both hold the EMA of decay {ema:g}"
+            )
+        for field in ("model", "flow", "classes", "run", "images_seen"):
+            one, other = getattr(first.info, field), getattr(source.info, field)
+            if one != other:
+                raise ValueError(
+                    f"{first.uri} and {source.uri} are not EMAs of one run: {field} is {one} in "
+                    f"the first, {other} in the second"
+                )
+        models[ema] = source
+    missing = [f"{ema:g}" for ema in emas if ema not in models]
+    if missing:
+        raise ValueError(
+            f"no EMA of decay {', '.join(missing)}: the models given hold "
+            f"{', '.join(f'{ema:g}' for ema in models)}"
+        )
+    return {ema: models[ema] for ema in dict.fromkeys(emas)} if emas else models
 
 
 def load_model(source: Source, device: str | torch.device = "cpu") -> JiT:

@@ -81,7 +81,7 @@ def _channels_last(pixels: object) -> np.ndarray:
 
 def headline(metrics: Mapping[str, float]) -> str:
     """The metrics on one line."""
-    return "   ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+    return "   ".join(f"{name} {number(value)}" for name, value in metrics.items())
 
 
 def write_report(
@@ -112,7 +112,7 @@ def picture(
         np.stack(pixels), columns, [name for name, _ in shown], scale=max(1, 64 // size)
     )
     font = ImageFont.load_default(size=14)
-    lines = [f"{name}  {_number(value)}" for name, value in metrics.items()]
+    lines = [f"{name}  {number(value)}" for name, value in metrics.items()]
     width = round(max(font.getlength(line) for line in lines)) + 24
     across = max(1, grid.width // width)
     rows = -(-len(lines) // across)
@@ -128,40 +128,39 @@ def picture(
 def page(report: Mapping[str, Any]) -> str:
     """The report as Markdown: numbers, warnings, and what is needed to do it again."""
     lines = ["# Evaluation", "", "| metric | value |", "| --- | --- |"]
-    lines += [f"| {name} | {_number(value)} |" for name, value in report["metrics"].items()]
+    lines += [f"| {name} | {number(value)} |" for name, value in report["metrics"].items()]
     lines += [""] + [f"> {warning}" for warning in report["warnings"]]
     lines += ["", "![samples](report.png)", "", "| identity | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in _flat(report["identity"])]
+    lines += [f"| {name} | {value} |" for name, value in flat(report["identity"])]
     config = report["config"]
-    lines += ["", "Do it again:", "", "```", _command(config), "```", ""]
+    lines += ["", "Do it again:", "", "```", command("evaluate", config), "```", ""]
     return "\n".join(lines)
 
 
-def _command(config: Mapping[str, Any]) -> str:
-    words = [
-        f"--{name.replace('_', '-')} "
-        + (
-            " ".join(map(str, value))
-            if isinstance(value, (list, tuple))
-            else shlex.quote(str(value))
-        )
-        for name, value in _flat(config)
-        if not (value is None or value is False or value == "") and name != "workers"
-    ]
+def command(stage: str, config: Mapping[str, Any]) -> str:
+    """The command line of a stage's config, without what is left out or empty."""
+    words = []
+    for name, value in flat(config):
+        if value is None or value is False or value in ("", [], ()) or name == "workers":
+            continue
+        each = value if isinstance(value, (list, tuple)) else [value]
+        each = [part for item in each for part in (item if isinstance(item, list) else [item])]
+        words.append(f"--{name.replace('_', '-')} {' '.join(shlex.quote(str(v)) for v in each)}")
     words = [word.removesuffix(" True") for word in words]
-    return " \\\n    ".join(["jit evaluate", *words])
+    return " \\\n    ".join([f"jit {stage}", *words])
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested values under dotted names."""
     found: list[tuple[str, Any]] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{name}.")
+            found += flat(value, f"{prefix}{name}.")
         else:
             found.append((prefix + name, value))
     return found
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Four digits, or one after the point."""
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"

@@ -12,6 +12,7 @@ REQUIRED = {
     "prepare": ["demo", "imagenet-256", "imagenet-512"],
     "train": ["demo", *[f"jit-{s}{p}" for s in "blhg" for p in ("16-256", "32-512")]],
     "evaluate": ["demo", "fid-50k"],
+    "sweep": ["demo", "fid-50k"],
     "serve": ["demo"], "reference": ["demo"], "export": ["demo"],
 }  # fmt: skip
 

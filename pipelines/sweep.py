@@ -1,0 +1,579 @@
+"""Model -> the guidance scale, interval, EMA, steps and solver that suit it, in one Ray job.
+
+Every cell of the grid is a small evaluation folder of its own, OUTPUT/cells/<name>, all of them
+drawn by one fleet; the winner is then evaluated like any model, in OUTPUT/winner/<name>. Cells
+share their start noise, because image i is addressed by (seed, i): what differs between two cells
+is what the settings do, not luck.
+
+Run the same line again to go on: a cell whose result is there is never computed again, and of one
+that was cut off only the missing chunks are drawn. The grid itself may change in between: cells
+that both grids have are kept. Which cells come next is decided in grid, without Ray.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before what is slow to import: `--help` shall not wait for it
+    import sys
+
+    from pipelines.cli import main
+
+    raise SystemExit(main(["sweep", *sys.argv[1:]]))
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from jitmodel.config import SamplerConfig
+from pipelines import evaluation, lease, storage, sweep_report
+from pipelines.config import EvaluateConfig, SamplerChoice, SweepConfig, require
+from pipelines.drawing import Plan, device_name, differences, draw_batch
+from pipelines.evaluation import (
+    PLAN,
+    WRITER,
+    Job,
+    SampleWorker,
+    explained,
+    make_plan,
+    missing_chunks,
+    refuse_another,
+    resize_to,
+    stored_plan,
+    write_evaluation,
+    write_plan,
+)
+from pipelines.features import Identity, get_extractor
+from pipelines.grid import Cell, Line, all_cells, make_lines, most_cells, next_cells
+from pipelines.models import Source, find_models
+from pipelines.pool import Pool, Progress, fleet
+from pipelines.reference import Reference, check_match, read_reference
+from pipelines.runtime import connect
+from pipelines.versions import tool_versions
+
+logger = logging.getLogger(__name__)
+
+RESULT, REPORT = "cell.json", "report.json"
+DRAWN_BY = ("device", "torch", "code")
+SCALES = tuple(round(1 + 0.1 * i, 1) for i in range(31))
+INTERVALS = ((0.0, 1.0), (0.1, 1.0))
+PROBE_IMAGES = 8
+"""Images that a CPU draws to tell its speed; a GPU draws a batch."""
+
+
+class Speed(NamedTuple):
+    """What one worker takes, in seconds."""
+
+    evaluation: float
+    """To send one image through the network once."""
+    features: float
+    """To judge one image."""
+    device: str
+
+
+class SweepWorker:
+    """A SampleWorker that also says how long a chunk took, or how fast it is."""
+
+    def __init__(self, extractor: str, weights: str) -> None:
+        self.worker = SampleWorker(extractor, weights)
+
+    def start(self) -> str:
+        return self.worker.start()
+
+    def run(self, item: tuple[Job, int | None]) -> tuple[int, float] | Speed:
+        """Images and seconds of a chunk; without a chunk, the worker's speed at the job."""
+        job, chunk = item
+        if chunk is None:
+            self.worker.hold(job)
+            return measure(self.worker, job.plan)
+        start = time.monotonic()
+        try:
+            images = self.worker.run((job, chunk))
+        except ValueError as error:
+            raise ValueError(f"{job.output}: {error}") from error
+        return images, time.monotonic() - start
+
+
+def measure(worker: SampleWorker, plan: Plan) -> Speed:
+    """How fast a worker draws and judges; the second of two equal tries counts."""
+    # Two Euler steps without guidance are two evaluations an image.
+    sampler = SamplerConfig(steps=2, solver="euler", cfg_scale=1)
+    size = plan.batch if worker.device.type == "cuda" else min(plan.batch, PROBE_IMAGES)
+    index = torch.arange(size, device=worker.device)
+    for _ in range(2):
+        start = time.monotonic()
+        pixels = draw_batch(worker.model, plan.model_copy(update={"sampler": sampler}), index)
+        pixels.cpu()
+        drawn = time.monotonic()
+        worker.extractor(pixels)[0].cpu()
+        judged = time.monotonic()
+    return Speed((drawn - start) / (2 * size), (judged - drawn) / size, device_name(worker.device))
+
+
+class Sweep(NamedTuple):
+    """All that is known before the first image is drawn."""
+
+    config: SweepConfig
+    """With absolute URIs."""
+    sources: dict[float, Source]
+    lines: list[Line]
+    extractor: Identity
+    reference: Reference
+    drawn_by: dict[str, str]
+    """The fields of the plans that say on what and by which programs the cells are drawn, where
+    that is not here."""
+
+    def cell_config(self, cell: Cell, output: str, num_images: int) -> EvaluateConfig:
+        """The evaluation that a cell is; `jit evaluate` with it draws the same images."""
+        shared = {name: getattr(self.config, name) for name in EvaluateConfig.model_fields}
+        source = self.sources[cell.ema]
+        changes = {
+            "model": source.uri,
+            "ema": None if source.is_artifact else cell.ema,
+            "sampler": SamplerChoice(**cell.sampler.model_dump()),
+            "output": output,
+            "num_images": num_images,
+        }
+        return EvaluateConfig(**{**shared, **changes})
+
+    def plan(self, config: EvaluateConfig, cell: Cell) -> Plan:
+        """What a cell draws.
+
+        Raises:
+            ValueError: it cannot be carried out.
+        """
+        source = self.sources[cell.ema]
+        resize = resize_to(config, self.reference, source.info.model.image_size)
+        plan = make_plan(config, source, self.extractor, resize)
+        return plan.model_copy(update=self.drawn_by)
+
+    def cell_job(self, cell: Cell) -> Job:
+        """A cell's folder, and what it shall hold."""
+        output = storage.join(self.config.output, "cells", cell.name)
+        config = self.cell_config(cell, output, self.config.cell_images)
+        return Job(self.sources[cell.ema], self.plan(config, cell), output)
+
+    def winner_job(self, cell: Cell) -> tuple[Job, EvaluateConfig]:
+        """The winner's evaluation, if this cell is it."""
+        output = storage.join(self.config.output, "winner", cell.name)
+        config = self.cell_config(cell, output, self.config.num_images)
+        plan = self.plan(config, cell)
+        return Job(self.sources[cell.ema], plan, output, config.keep_images), config
+
+    def shared(self) -> dict[str, Any]:
+        """What must stay as it is for the cells of a folder to be comparable."""
+        plan = self.cell_job(self.lines[0].cells[0]).plan
+        return plan.model_dump(mode="json", exclude={"sampler", "weights_sha256"})
+
+
+def run(config: SweepConfig) -> None:
+    """Find the best cell of the grid, evaluate it, and report all of it.
+
+    Raises:
+        FileNotFoundError: model, reference or extractor weights are not there.
+        ValueError: they do not fit each other, or the folder holds another sweep.
+        PermissionError: another process writes to the folder.
+        StageFailed: the disk is full.
+    """
+    if config.dry_run:
+        print(config.model_dump_json(indent=2))
+    sweep = prepare(config)
+    if config.dry_run:
+        print("\n".join(plan_lines(sweep)))
+        return
+    stored = stored_sweep(sweep.config.output)
+    if stored:
+        # What has been drawn is judged anywhere, so what draws matters only for drawing.
+        sweep = sweep._replace(drawn_by={field: stored[field] for field in DRAWN_BY})
+        refuse_another_sweep(sweep, stored)
+    if config.plan:
+        print("\n".join([*plan_lines(sweep), *time_lines(sweep)]))
+        return
+    for line in plan_lines(sweep)[:5]:
+        logger.info("%s", line)
+    output = sweep.config.output
+    if not stored:
+        connect()
+        _, gpu = fleet(config.workers, 1)
+        sweep = sweep._replace(drawn_by={"device": "cuda" if gpu else "cpu"})
+    storage.check_writable(output)
+    place = storage.join(output, WRITER)
+    with explained(output), lease.claim(place):
+        content = {"plan": sweep.shared(), "config": config.model_dump(mode="json")}
+        storage.write_json(storage.join(output, PLAN), {**content, "versions": tool_versions()})
+        with ExitStack() as stack:
+            crew = Crew(sweep, stack)
+            results = search(sweep, crew)
+            winner = best(results, sweep.extractor.distance)
+            logger.info("winner: %s, evaluated at %d images", winner.name, config.num_images)
+            judged, timing = evaluate_winner(sweep, winner, crew)
+        sweep_report.write(output, report(sweep, results, winner, judged, timing))
+        storage.delete(place)
+    logger.info("report: %s", storage.join(output, "report.md"))
+
+
+def prepare(config: SweepConfig) -> Sweep:
+    """Look at everything that the sweep needs; nothing is drawn.
+
+    Raises:
+        FileNotFoundError: something is not there.
+        ValueError: something does not fit.
+    """
+    require(config, "models" if config.models else "model", "reference", "output")
+    extractor = get_extractor(config.extractor, config.weights).identity
+    reference = read_reference(config.reference)
+    grid, fixed = config.grid, config.sampler
+    emas = grid.ema or (() if config.ema is None else (config.ema,))
+    sources = find_models(config.models or (config.model,), emas)
+    info = next(iter(sources.values())).info
+    recommended = fixed.over(info.sampler)
+    lines = make_lines(
+        sources,
+        grid.solver or (recommended.solver,),
+        grid.steps or (recommended.steps,),
+        grid.cfg_interval or ((fixed.cfg_interval,) if fixed.cfg_interval else INTERVALS),
+        grid.cfg_scale or (SCALES if fixed.cfg_scale is None else (fixed.cfg_scale,)),
+    )
+    config = config.model_copy(update={"output": storage.absolute(config.output)})
+    sweep = Sweep(config, sources, lines, extractor, reference, {})
+    plan = sweep.cell_job(lines[0].cells[0]).plan
+    sweep.winner_job(lines[0].cells[0])
+    check_match(reference, extractor, plan.image_size, info.model.num_classes, info.classes)
+    return sweep
+
+
+def plan_lines(sweep: Sweep) -> list[str]:
+    """Cells, images and network evaluations of a sweep, in words; then the cells themselves."""
+    config, lines = sweep.config, sweep.lines
+    cells = all_cells(lines)
+    most = most_cells(lines, config.search)
+    axes: dict[str, set[Any]] = {
+        "EMA": {line.ema for line in lines},
+        "solver": {line.solver for line in lines},
+        "steps": {line.steps for line in lines},
+        "interval": {line.interval for line in lines},
+        "scale": {scale for line in lines for scale in line.scales},
+    }
+    shared = sum(len(line.cells) for line in lines) - len(cells)
+    evaluations = {cell: sweep.cell_job(cell).plan.network_evaluations() for cell in cells}
+    costly = sum(sorted(evaluations.values())[-most:]) * config.cell_images
+    at_most = "" if most == len(cells) else "at most "
+    saved = len(cells) - most
+    found = [
+        f"grid: {len(cells)} cells of {config.cell_images:,} images, "
+        + " x ".join(f"{len(values)} {name}" for name, values in axes.items())
+        + (f", less {shared} that draw what another one draws" if shared else ""),
+        f"search: {config.search}, {at_most}{most} cells, {most * config.cell_images:,} images, "
+        f"{costly:,} network evaluations"
+        + (
+            f"; saves at least {saved * config.cell_images:,} images "
+            f"({saved / len(cells):.0%} of the grid)"
+            if saved
+            else ""
+        ),
+        f"winner: {config.num_images:,} images, at most "
+        f"{max(evaluations.values()) * config.num_images:,} network evaluations",
+        f"judged by {sweep.extractor.distance} against {sweep.reference.count or 'unknown'} images",
+    ]
+    extractor = sweep.extractor
+    numbers = extractor.num_features + extractor.num_logits + extractor.num_spatial
+    images = most * config.cell_images + config.num_images
+    found.append(f"kept: {at_most}{4 * numbers * images / 1e9:.3g} GB of features")
+    return [*found, *(f"  {cell.name}: {evaluations[cell]} an image" for cell in cells)]
+
+
+def time_lines(sweep: Sweep) -> list[str]:
+    """How long the sweep will take, by the measured speed of one worker of the cluster."""
+    connect()
+    config = sweep.config
+    cells = all_cells(sweep.lines)
+    workers, gpu = fleet(config.workers, config.num_images)
+    with Pool(SweepWorker, config.extractor, config.weights, workers=1, gpu=gpu) as pool:
+        (_, speed), *_ = pool.map([(sweep.cell_job(cells[0]), None)])
+    each = sorted(sweep.cell_job(cell).plan.network_evaluations() for cell in cells)
+    most = most_cells(sweep.lines, config.search)
+    there = [cell for cell in cells if stored_result(sweep, sweep.cell_job(cell))]
+    left = max(0, most - len(there))
+    images = left * config.cell_images + config.num_images
+    evaluations = sum(each[-left:] if left else []) * config.cell_images
+    evaluations += each[-1] * config.num_images
+    seconds = (evaluations * speed.evaluation + images * speed.features) / workers
+    return [
+        f"time: at most {duration(seconds)} of drawing by {workers} workers, {len(there)} cells "
+        f"being there already (measured on {speed.device}: {1e3 * speed.evaluation:.3g} ms a "
+        f"network evaluation, {1e3 * speed.features:.3g} ms to judge an image)"
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people use."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def stored_sweep(output: str) -> dict[str, Any] | None:
+    """What the cells of a folder share; None if no sweep began there.
+
+    Raises:
+        ValueError: there is something else in its place.
+    """
+    uri = storage.join(output, PLAN)
+    if not storage.exists(uri):
+        return None
+    try:
+        plan = storage.read_json(uri)["plan"]
+        return {**plan, **{field: plan[field] for field in DRAWN_BY}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{uri} is not a plan that this version reads: choose another --output"
+        ) from error
+
+
+def refuse_another_sweep(sweep: Sweep, stored: dict[str, Any]) -> None:
+    """Refuse to mix cells that cannot be compared.
+
+    Raises:
+        ValueError: naming each field that differs, with both values.
+    """
+    lines = differences(stored, sweep.shared())
+    if lines:
+        raise ValueError(
+            f"{storage.join(sweep.config.output, PLAN)} holds another sweep: {'; '.join(lines)}. "
+            "Choose another --output, or the same settings."
+        )
+
+
+class Crew:
+    """The workers of a sweep, started when the first chunk is missing and then kept."""
+
+    def __init__(self, sweep: Sweep, stack: ExitStack) -> None:
+        self.sweep, self.stack = sweep, stack
+        self.pool: Pool | None = None
+
+    def draw(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, int, float]]:
+        """Draw what is missing of these jobs.
+
+        Yields:
+            Each job once it is complete, with the number of its images that were drawn now, and
+            the seconds that workers took for them.
+        """
+        missing = {}
+        for job in jobs:
+            stored = stored_plan(job.output)
+            if stored:
+                refuse_another(job.output, stored, job.plan)
+            missing[job.output] = (
+                job,
+                missing_chunks(job) if stored else list(range(job.plan.num_chunks)),
+            )
+        items = [(job, chunk) for job, chunks in missing.values() for chunk in chunks]
+        left = Counter(job.output for job, _ in items)
+        yield from ((job, 0, 0.0) for job, chunks in missing.values() if not chunks)
+        if not items:
+            return
+        for job, chunks in missing.values():
+            if chunks:
+                write_plan(job.output, job.plan, {})
+        total = sum(job.plan.num_images for job, _ in missing.values())
+        to_draw = sum(len(job.plan.rows(chunk)) for job, chunk in items)
+        progress = Progress("drew", total, total - to_draw)
+        images, seconds = Counter[str](), Counter[str]()
+        for (job, _), (number, taken) in self._pool(len(items)).map(items):
+            progress.add(number)
+            images[job.output] += number
+            seconds[job.output] += taken
+            left[job.output] -= 1
+            if not left[job.output]:
+                yield job, images[job.output], seconds[job.output]
+
+    def _pool(self, items: int) -> Pool:
+        if self.pool is None:
+            config = self.sweep.config
+            connect()
+            workers, gpu = fleet(config.workers, items)
+            here = self.sweep._replace(drawn_by={"device": "cuda" if gpu else "cpu"})
+            refuse_another_sweep(here, self.sweep.shared())
+            pool = Pool(SweepWorker, config.extractor, config.weights, workers=workers, gpu=gpu)
+            self.pool = self.stack.enter_context(pool)
+        return self.pool
+
+
+def search(sweep: Sweep, crew: Crew) -> dict[Cell, dict[str, Any]]:
+    """Results of the cells that the search looks at, in the order of computing."""
+    name = sweep.extractor.distance
+    results: dict[Cell, dict[str, Any]] = {}
+    rounds = 0
+    while cells := next_cells(
+        sweep.lines, {c: r["metrics"][name] for c, r in results.items()}, sweep.config.search
+    ):
+        rounds += 1
+        logger.info("round %d: %d cells", rounds, len(cells))
+        results |= compute(sweep, cells, crew)
+    return results
+
+
+def compute(sweep: Sweep, cells: list[Cell], crew: Crew) -> dict[Cell, dict[str, Any]]:
+    """Results of these cells: those that are stored, and the others once they are drawn.
+
+    A cell is judged in a thread, while the workers draw the next one.
+    """
+    jobs = {cell: sweep.cell_job(cell) for cell in cells}
+    found = {cell: stored_result(sweep, job) for cell, job in jobs.items()}
+    by_output = {jobs[cell].output: cell for cell, result in found.items() if not result}
+    if len(by_output) < len(cells):
+        logger.info("%d of %d cells are there already", len(cells) - len(by_output), len(cells))
+    judged: dict[Cell, Future[dict[str, Any]]] = {}
+    with ThreadPoolExecutor(1) as thread:
+        for job, images, seconds in crew.draw(jobs[cell] for cell in by_output.values()):
+            cell = by_output[job.output]
+            judged[cell] = thread.submit(judge_cell, sweep, cell, job, images, seconds)
+    return {cell: result or judged[cell].result() for cell, result in found.items()}
+
+
+def stored_result(sweep: Sweep, job: Job) -> dict[str, Any] | None:
+    """The result of a cell, if it is there and about this plan and reference."""
+    try:
+        found = storage.read_json(storage.join(job.output, RESULT))
+    except (FileNotFoundError, ValueError):  # torn or damaged is as good as missing
+        return None
+    wanted = {"plan_sha256": job.plan.sha256, "reference_sha256": sweep.reference.sha256}
+    return found if isinstance(found, dict) and wanted.items() <= found.items() else None
+
+
+def judge_cell(
+    sweep: Sweep, cell: Cell, job: Job, timed_images: int, worker_seconds: float
+) -> dict[str, Any]:
+    """Judge and publish a cell in which no chunk is missing.
+
+    Only what guides the search and is cheap: distance, its interval, and the Inception score. The
+    winner gets every metric.
+    """
+    drawn = evaluation.read_drawn(job)
+    reference = replace(
+        sweep.reference, real=sweep.reference.real._replace(features=None, spatial=None)
+    )
+    warnings = evaluation.warnings(drawn, sweep.reference, sweep.extractor)
+    judged = evaluation.judge(drawn, reference, sweep.extractor)
+    result = {
+        "format_version": 1,
+        "ema": cell.ema,
+        "sampler": cell.sampler.model_dump(mode="json"),
+        "metrics": judged,
+        "network_evaluations": job.plan.network_evaluations(),
+        "pixels_sha256": drawn.pixels_sha256,
+        "plan_sha256": job.plan.sha256,
+        "weights_sha256": job.plan.weights_sha256,
+        "reference_sha256": sweep.reference.sha256,
+        "devices": drawn.devices,
+        "warnings": warnings,
+        "timed_images": timed_images,
+        "worker_seconds": worker_seconds,
+    }
+    storage.write_json(storage.join(job.output, RESULT), result)
+    name = sweep.extractor.distance
+    logger.info("%s: %s %.4g", cell.name, name, judged[name])
+    return result
+
+
+def best(results: dict[Cell, dict[str, Any]], name: str) -> Cell:
+    """The cell with the least distance; of equals, the one that costs least."""
+
+    def rank(cell: Cell) -> tuple[float, int, str]:
+        found = results[cell]
+        return found["metrics"][name], found["network_evaluations"], cell.name
+
+    return min(results, key=rank)
+
+
+def evaluate_winner(sweep: Sweep, cell: Cell, crew: Crew) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report of the winner's evaluation and how long it took; what is there is kept."""
+    job, config = sweep.winner_job(cell)
+    there = storage.join(job.output, REPORT)
+    timing = stored_result(sweep, job)
+    if timing and storage.exists(there):
+        return storage.read_json(there), timing
+    start = time.monotonic()
+    ((_, images, seconds),) = crew.draw([job])
+    elapsed = time.monotonic() - start
+    found = write_evaluation(job, config, sweep.reference, sweep.extractor, elapsed)
+    timing = {
+        "plan_sha256": job.plan.sha256,
+        "reference_sha256": sweep.reference.sha256,
+        "timed_images": images,
+        "worker_seconds": seconds,
+    }
+    storage.write_json(storage.join(job.output, RESULT), timing)
+    return found, timing
+
+
+def report(
+    sweep: Sweep,
+    results: dict[Cell, dict[str, Any]],
+    winner: Cell,
+    judged: dict[str, Any],
+    timing: dict[str, Any],
+) -> dict[str, Any]:
+    """What report.json holds: all that the figure, a quotation and a repetition need."""
+    config, name = sweep.config, sweep.extractor.distance
+    cells = all_cells(sweep.lines)
+    times = [*results.values(), timing]
+    plans = "".join(sweep.cell_job(cell).plan.sha256 for cell in cells)
+    shared = {k: v for k, v in judged["identity"].items() if k not in ("sampler", "ema_decay")}
+    return {
+        "format_version": 1,
+        "minimised": name,
+        "winner": {
+            "cell": winner.name,
+            "ema": winner.ema,
+            "sampler": winner.sampler.model_dump(mode="json"),
+            "num_images": config.num_images,
+            "metrics": judged["metrics"],
+            "folder": f"winner/{winner.name}",
+        },
+        "search": {
+            "kind": config.search,
+            "cells": len(results),
+            "grid": len(cells),
+            "cell_images": config.cell_images,
+            "images_saved": (len(cells) - len(results)) * config.cell_images,
+        },
+        "cells": {cell.name: results[cell] for cell in cells if cell in results},
+        "lines": [
+            {
+                "ema": line.ema,
+                "solver": line.solver,
+                "steps": line.steps,
+                "interval": line.interval,
+                "scales": line.scales,
+                "cells": [cell.name for cell in line.cells],
+            }
+            for line in sweep.lines
+        ],
+        "warnings": list(
+            dict.fromkeys([*next(iter(results.values()))["warnings"], *judged["warnings"]])
+        ),
+        "identity": {
+            **shared,
+            "plan_sha256": hashlib.sha256(plans.encode()).hexdigest(),
+            "winner_plan_sha256": judged["identity"]["plan_sha256"],
+            "weights_sha256": {
+                f"{ema:g}": source.info.weights_sha256 for ema, source in sweep.sources.items()
+            },
+            "models": {f"{ema:g}": source.uri for ema, source in sweep.sources.items()},
+            "devices": sorted(
+                {d for found in (*results.values(), judged["identity"]) for d in found["devices"]}
+            ),
+            "images": len(results) * config.cell_images + config.num_images,
+            "timed_images": sum(t["timed_images"] for t in times),
+            "worker_hours": sum(t["worker_seconds"] for t in times) / 3600,
+        },
+        "config": config.model_dump(mode="json"),
+    }

@@ -1,0 +1,410 @@
+"""A sweep is one job: killed anywhere it goes on, no cell is computed twice, its numbers hold."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+import torch_fidelity
+from PIL import Image
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+from jitmodel.config import ModelConfig
+from pipelines import evaluate, export, storage, sweep
+from pipelines.cli import resolve
+from pipelines.config import (
+    EvaluateConfig,
+    ExportConfig,
+    GridConfig,
+    ReferenceConfig,
+    SamplerChoice,
+    SweepConfig,
+    TrainConfig,
+    load_preset,
+)
+from pipelines.features import get_extractor
+from pipelines.fit import LocalContext, fit
+from pipelines.report import command
+
+SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of eight steps with two EMAs."""
+    config = TrainConfig.model_validate(
+        {
+            "data": str(tiny_dataset),
+            "storage": str(tmp_path_factory.mktemp("runs")),
+            "name": "tiny",
+            "model": ModelConfig(
+                image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2,
+                bottleneck_dim=16, in_context_len=2, in_context_start=1, num_classes=10,
+            ),
+            "optimizer": {"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.9)},
+            "loader": {"lanes": 4},
+            "sampler": {"steps": 2, "cfg_scale": 1.5},
+            "parallel": {"precision": "fp32"},
+            "global_batch": 16,
+            "total_images": 128,
+            "checkpoint_every_images": 128,
+            "grid_every_images": 0,
+        }
+    )  # fmt: skip
+    fit(config, LocalContext())
+    return storage.join(config.storage, config.name)
+
+
+@pytest.fixture(scope="module")
+def reference(
+    ray_cluster: None, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    path = str(tmp_path_factory.mktemp("reference") / "reference.npz")
+    evaluate.run_reference(ReferenceConfig(data=str(tiny_dataset), output=path, workers=2))
+    return path
+
+
+def config(model: str, reference: str, output: object, **changes: object) -> SweepConfig:
+    """14 cells of 20 images in 4 chunks; a winner of 40 images."""
+    fields = {
+        "model": model, "reference": reference, "output": str(output), "num_images": 40,
+        "cell_images": 20, "batch": 5, "chunk_batches": 1, "precision": "fp32", "workers": 2,
+        "keep_images": "png", "grid": GridConfig(cfg_scale=SCALES, cfg_interval=((0.0, 1.0),)),
+    }  # fmt: skip
+    return SweepConfig(**{**fields, **changes})
+
+
+def written(output: Path) -> dict[Path, int]:
+    """What is published of cells and winner, with the time at which it was written."""
+    return {
+        path: path.stat().st_mtime_ns
+        for pattern in ("*/*/features/part-*.parquet", "*/*/cell.json")
+        for path in output.glob(pattern)
+    }
+
+
+class Story(NamedTuple):
+    """A sweep whose driver and one of whose workers were killed, and what came after."""
+
+    config: SweepConfig
+    output: Path
+    at_death: dict[Path, int]
+    log: str
+    """Of the driver that was killed."""
+    drawn_later: int
+    """Chunks that the second driver drew."""
+
+
+@pytest.fixture(scope="module")
+def story(run_folder: str, reference: str, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    output = tmp_path_factory.mktemp("sweep") / "output"
+    wanted = config(run_folder, reference, output)
+    log = output.parent / "log"
+    line = [sys.executable, "-m", "pipelines.sweep", *_words(wanted), "--workers", "2"]
+    address = ray.get_runtime_context().gcs_address
+    with log.open("wb") as sink:
+        driver = subprocess.Popen(line, stderr=sink, env={**os.environ, "RAY_ADDRESS": address})
+
+    def wait(happens: object) -> None:
+        while not happens():
+            assert driver.poll() is None, log.read_text()
+            time.sleep(0.02)
+
+    wait(lambda: "drew 5 of" in log.read_text())
+    victim = int(re.findall(r"worker: process (\d+)", log.read_text())[0])
+    os.kill(victim, signal.SIGKILL)
+    wait(lambda: len(list(output.glob("cells/*/cell.json"))) >= 3)
+    workers = [int(pid) for pid in re.findall(r"worker: process (\d+)", log.read_text())]
+    driver.kill()
+    driver.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.02)
+    at_death = written(output)
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("pipelines").addHandler(handler)
+    logging.getLogger("pipelines").setLevel(logging.INFO)
+    sweep.run(wanted)
+    logging.getLogger("pipelines").removeHandler(handler)
+    drawn = sum(message.startswith("drew ") for message in messages)
+    return Story(wanted, output, at_death, log.read_text(), drawn)
+
+
+def _words(wanted: SweepConfig) -> list[str]:
+    """The command line that a report gives for a sweep."""
+    return command("sweep", wanted.model_dump(mode="json")).replace("\\\n", "").split()[2:]
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.ray
+def test_a_killed_sweep_goes_on_and_computes_nothing_twice(story: Story):
+    now = written(story.output)
+
+    assert "a worker died" in story.log
+    cells = [path for path in story.at_death if path.name == "cell.json"]
+    parts = [path for path in story.at_death if path.suffix == ".parquet"]
+    assert len(cells) >= 3
+    assert {path: now[path] for path in story.at_death} == story.at_death
+    # What was there and what the second driver drew is all there is: nothing was drawn twice.
+    assert len(parts) + story.drawn_later == sum(path.suffix == ".parquet" for path in now)
+    found = report_of(story.output)
+    assert (
+        len(found["cells"]) == found["search"]["cells"] == len(list(story.output.glob("cells/*")))
+    )
+
+
+@pytest.mark.ray
+def test_a_cell_is_what_evaluate_draws_with_its_settings(
+    story: Story, run_folder: str, reference: str, tmp_path: Path
+):
+    found = report_of(story.output)
+    name, cell = list(found["cells"].items())[1]
+    assert cell["sampler"]["cfg_scale"] > 1
+
+    evaluate.run(
+        EvaluateConfig(
+            model=run_folder, ema=cell["ema"], reference=reference, output=str(tmp_path),
+            num_images=20, batch=5, chunk_batches=2, precision="fp32", workers=1,
+            sampler=SamplerChoice(**cell["sampler"]),
+        )
+    )  # fmt: skip
+
+    alone = report_of(tmp_path)
+    assert alone["identity"]["pixels_sha256"] == cell["pixels_sha256"], name
+    assert cell["metrics"].items() <= alone["metrics"].items()
+
+
+@pytest.mark.ray
+def test_cells_share_their_start_noise_with_the_winner(story: Story):
+    winner = report_of(story.output)["winner"]
+
+    def digests(folder: str, chunk: int) -> list[bytes]:
+        part = story.output / folder / f"features/part-{chunk:05d}.parquet"
+        return pq.read_table(part)["sha256"].to_pylist()
+
+    for chunk in range(4):
+        cell = digests(f"cells/{winner['cell']}", chunk)
+        assert cell == digests(winner["folder"], chunk)
+
+
+@pytest.mark.ray
+def test_the_exhaustive_search_adds_the_other_cells_and_finds_the_same_winner(story: Story):
+    refined = report_of(story.output)
+    before = written(story.output)
+
+    sweep.run(story.config.model_copy(update={"search": "exhaustive"}))
+
+    whole = report_of(story.output)
+    assert whole["winner"] == refined["winner"]
+    assert whole["search"]["cells"] == whole["search"]["grid"] == 14
+    assert whole["search"]["images_saved"] == 0
+    saved = 14 - refined["search"]["cells"]
+    assert saved >= 2
+    assert refined["search"]["images_saved"] == saved * 20
+    assert whole["cells"].keys() > refined["cells"].keys()
+    now = written(story.output)
+    assert {path: now[path] for path in before} == before
+    distances = {n: c["metrics"]["FD-efflite0"] for n, c in whole["cells"].items()}
+    assert min(distances, key=distances.__getitem__) == whole["winner"]["cell"]
+
+
+@pytest.mark.ray
+def test_a_finished_sweep_is_reported_again_without_a_cluster(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+):
+    before = report_of(story.output)
+    for file in ("report.json", "report.md", "report.png"):
+        (story.output / file).unlink()
+    monkeypatch.delattr("pipelines.sweep.connect")
+
+    sweep.run(story.config.model_copy(update={"search": before["search"]["kind"]}))
+
+    assert report_of(story.output) == before
+
+
+@pytest.mark.ray
+def test_the_report_says_all_that_is_needed_to_do_it_again(story: Story):
+    found = report_of(story.output)
+    page = (story.output / "report.md").read_text()
+    identity = found["identity"]
+
+    assert found["minimised"] == "FD-efflite0"
+    assert identity["weights_sha256"].keys() == {"0.5", "0.9"}
+    for field in (
+        "reference_sha256", "extractor", "seed", "plan_sha256", "winner_plan_sha256", "batch",
+        "pixels_sha256", "versions", "devices", "precision", "models",
+    ):  # fmt: skip
+        assert identity[field] or field == "seed"
+    assert identity["images"] == 20 * found["search"]["cells"] + 40
+    assert 0 < identity["timed_images"] <= identity["images"]
+    assert identity["worker_hours"] > 0
+    for digest in (*identity["weights_sha256"].values(), identity["reference_sha256"]):
+        assert digest in page
+    assert sum(line.startswith(("| 0.5 |", "| 0.9 |")) for line in page.splitlines()) == len(
+        found["cells"]
+    )
+    assert "1 (off)" in page
+    assert f"]({found['winner']['folder']}/report.png)" in page
+    with Image.open(story.output / "report.png") as figure:
+        assert figure.width > 400
+    with Image.open(story.output / found["winner"]["folder"] / "report.png") as samples:
+        assert samples.width > 8 * 28
+
+    words = page.split("Do it again:")[1].split("```")[1].replace("\\\n", "").split()
+    again = resolve("sweep", words[2:])
+    asked = story.config.model_copy(update={"workers": 0, "search": found["search"]["kind"]})
+    assert again == asked
+
+
+class EfficientNet(FeatureExtractorBase):
+    """Our extractor as torch-fidelity takes one."""
+
+    def __init__(self, name: str, features_list: list[str], **_: object) -> None:
+        super().__init__(name, features_list)
+        self.extract = get_extractor("efflite0")
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("features", "logits")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = dict(zip(("features", "logits"), self.extract(pixels), strict=False))
+        return tuple(found[name] for name in self.features_list)
+
+
+@pytest.mark.ray
+def test_torch_fidelity_says_the_same_of_the_winners_pngs(
+    story: Story, tiny_dataset: Path, tmp_path: Path
+):
+    winner = report_of(story.output)["winner"]
+    for file in sorted(tiny_dataset.glob("**/*.parquet")):
+        for row in pq.read_table(file).to_pylist():
+            (tmp_path / f"{row['id']:06d}.png").write_bytes(row["image"]["bytes"])
+    torch_fidelity.register_feature_extractor("efflite0", EfficientNet)
+
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(story.output / winner["folder"] / "images"), input2=str(tmp_path),
+        feature_extractor="efflite0", fid=True, isc=True, kid=True, kid_subset_size=40,
+        batch_size=8, cuda=False, cache=False, verbose=False,
+    )  # fmt: skip
+
+    names = {
+        "FD-efflite0": "frechet_inception_distance",
+        "IS-efflite0": "inception_score_mean",
+        "KID-efflite0": "kernel_inception_distance_mean",
+    }
+    for ours, name in names.items():
+        assert winner["metrics"][ours] == pytest.approx(theirs[name], rel=1e-4), ours
+
+
+@pytest.mark.ray
+def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
+    story: Story, run_folder: str, reference: str, tmp_path: Path
+):
+    for ema in (0.5, 0.9):
+        export.run(ExportConfig(source=run_folder, output=str(tmp_path / f"{ema:g}"), ema=ema))
+    one, other = (str(tmp_path / name) for name in ("0.5", "0.9"))
+
+    def refused(match: str, **changes: object) -> None:
+        with pytest.raises(ValueError, match=match):
+            sweep.run(config(run_folder, reference, tmp_path / "output", **changes))
+        assert not (tmp_path / "output").exists()
+
+    refused("has no EMA of decay 0.7: choose from 0.5, 0.9", ema=0.7)
+    refused("both hold the EMA of decay 0.5", model="", models=(one, one))
+    refused("no EMA of decay 0.7: the models given hold 0.5, 0.9", model="", models=(one, other),
+            grid=GridConfig(ema=(0.7, 0.5)))  # fmt: skip
+    refused("--model is missing", model="")
+    refused("15 images cannot be spread evenly over 10 classes: choose 10 or 20", cell_images=15)
+    refused("45 images cannot be spread evenly over 10 classes", num_images=45)
+    refused("is not 0 <= low < high <= 1", grid=GridConfig(cfg_interval=((1.0, 0.1),)))
+    refused("steps is chosen twice: 3 for all cells, and", grid=GridConfig(steps=(2, 3)),
+            sampler=SamplerChoice(steps=3))  # fmt: skip
+    refused("both model .* and models", models=(one,))
+    # The folder of another sweep is left alone, and both values are said.
+    before = written(story.output)
+    with pytest.raises(ValueError, match=r"holds another sweep: seed is 0 there, 7 here"):
+        sweep.run(story.config.model_copy(update={"seed": 7}))
+    assert written(story.output) == before
+
+
+@pytest.mark.ray
+def test_several_artifacts_are_swept_like_the_run_that_they_come_from(
+    run_folder: str, reference: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    for ema in (0.5, 0.9):
+        export.run(ExportConfig(source=run_folder, output=str(tmp_path / f"{ema:g}"), ema=ema))
+    models = tuple(str(tmp_path / name) for name in ("0.5", "0.9"))
+
+    run = sweep.prepare(config(run_folder, reference, tmp_path / "x"))
+    artifacts = sweep.prepare(config("", reference, tmp_path / "x", models=models))
+
+    assert artifacts.lines == run.lines
+    for line in run.lines:
+        for cell in line.cells:
+            assert artifacts.cell_job(cell).plan == run.cell_job(cell).plan
+
+
+@pytest.mark.ray
+def test_a_plan_and_a_dry_run_say_what_would_be_done_and_touch_nothing(
+    run_folder: str, reference: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    wanted = config(run_folder, reference, tmp_path / "output", sampler=SamplerChoice(steps=2))
+
+    sweep.run(wanted.model_copy(update={"dry_run": True}))
+    dry = capsys.readouterr().out
+    sweep.run(wanted.model_copy(update={"plan": True}))
+    planned = capsys.readouterr().out
+
+    assert list(tmp_path.iterdir()) == []
+    # Two Heun steps look at 0, 0.5 and 0.5: three evaluations without guidance, six with it.
+    for printed in (dry, planned):
+        assert (
+            "grid: 14 cells of 20 images, 2 EMA x 1 solver x 1 steps x 1 interval x 7 scale"
+            in printed
+        )
+        assert (
+            "search: refined, at most 12 cells, 240 images, 1,380 network evaluations; saves at "
+            "least 40 images (14% of the grid)" in printed
+        )
+        assert "winner: 40 images, at most 240 network evaluations" in printed
+        assert "judged by FD-efflite0 against 211 images" in printed
+        assert "  ema0.9-heun2-cfg1: 3 an image" in printed
+        assert "  ema0.9-heun2-cfg4-in0to1: 6 an image" in printed
+    assert "time: at most" not in dry
+    assert re.search(
+        r"time: at most \d.* by 2 workers, 0 cells .* ms a network evaluation", planned
+    )
+
+
+def test_the_paper_preset_is_the_papers_grid():
+    preset = load_preset("sweep", "fid-50k", SweepConfig)
+
+    assert preset.grid.cfg_scale == sweep.SCALES == tuple(round(1 + i / 10, 1) for i in range(31))
+    assert preset.grid.cfg_interval == sweep.INTERVALS
+    assert (preset.num_images, preset.cell_images, preset.extractor) == (50_000, 8000, "inception")
