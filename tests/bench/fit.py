@@ -29,9 +29,9 @@ from pipelines.fit import LocalContext, _on, build, fit
 from pipelines.loader import Loader
 from pipelines.shards import read_manifest
 
-ROUNDS, STEPS = 4, 12
+ROUNDS, STEPS = 3, 8
 SMALL = {"hidden_size": 256, "depth": 6, "num_heads": 4, "in_context_start": 2}
-SAVE_STEPS, SAVE_AT = 12, 4
+SAVE_STEPS, SAVE_AT = 10, 4
 
 
 class Clock(LocalContext):
