@@ -188,8 +188,20 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def metrics_cost(num: int, width: int, real: int) -> tuple[float, float, float]:
-    """Seconds, peak GB, and GB before it began, of all metrics of stored features."""
+def cost(call: Callable[[], object]) -> dict:
+    """Time and memory of a call."""
+    before, start, cpu = peak_gb(), time.perf_counter(), time.process_time()
+    call()
+    return {
+        "seconds": time.perf_counter() - start,
+        "CPU s": time.process_time() - cpu,
+        "peak GB": peak_gb(),
+        "GB before": before,
+    }
+
+
+def metrics_cost(num: int, width: int, real: int) -> dict:
+    """What all metrics of stored features cost."""
     from pipelines.metrics import Moments, Real, Statistics, all_metrics
 
     torch.set_num_threads(2)
@@ -205,14 +217,11 @@ def metrics_cost(num: int, width: int, real: int) -> tuple[float, float, float]:
     some = features(real, width)
     m, s = Moments.of(some), Moments.of(spatial[:real])
     pooled, layer = Statistics(m.mean, m.covariance), Statistics(s.mean, s.covariance)
-    before = peak_gb()
-    start = time.perf_counter()
-    all_metrics(drawn, logits, spatial, Real(pooled, layer, some))
-    return time.perf_counter() - start, peak_gb(), before
+    return cost(lambda: all_metrics(drawn, logits, spatial, Real(pooled, layer, some)))
 
 
-def neighbours_cost(num: int, width: int) -> tuple[float, float, float]:
-    """Seconds, peak GB, and GB before it began, of precision and its kin."""
+def neighbours_cost(num: int, width: int) -> dict:
+    """What precision and its kin cost."""
     from pipelines.metrics import neighbourhoods
 
     rng = np.random.default_rng(0)
@@ -220,27 +229,22 @@ def neighbours_cost(num: int, width: int) -> tuple[float, float, float]:
     for array in (drawn, real):
         for i in range(0, num, 1000):
             array[i : i + 1000] = rng.standard_normal((len(array[i : i + 1000]), width))
-    before = peak_gb()
-    start = time.perf_counter()
-    neighbourhoods(drawn, real, (3, 5))
-    return time.perf_counter() - start, peak_gb(), before
+    return cost(lambda: neighbourhoods(drawn, real, (3, 5)))
 
 
 def judging() -> dict:
-    seconds, peak, before = apart(metrics_cost, 50_000, 2048, 10_000)
-    row = {"what": "all metrics, 50,000 against 10,000 kept features", "seconds": seconds}
+    row = {"what": "all metrics, 50,000 against 10,000 kept features"}
     return {
         "title": "metrics of 50,000 x 2048 stored features, 1008 logits, 2023 spatial, two threads",
-        "rows": [row | {"peak GB": peak, "GB before": before}],
+        "rows": [row | apart(metrics_cost, 50_000, 2048, 10_000)],
     }
 
 
 def neighbours() -> dict:
-    seconds, peak, before = apart(neighbours_cost, 50_000, 2048)
-    row = {"what": "precision, recall, density, coverage, k = 3 and 5", "seconds": seconds}
+    row = {"what": "precision, recall, density, coverage, k = 3 and 5"}
     return {
         "title": "50,000 x 50,000 images of 2048 features, two threads",
-        "rows": [row | {"peak GB": peak, "GB before": before}],
+        "rows": [row | apart(neighbours_cost, 50_000, 2048)],
     }
 
 

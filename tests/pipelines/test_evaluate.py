@@ -29,6 +29,7 @@ from PIL import Image
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ClassInfo, FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
+from jitmodel.sampler import guidance_acts, times
 from pipelines import lease, shards, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, SamplerChoice
 from pipelines.drawing import Plan, device_name, draw_batch, read_part
@@ -143,6 +144,9 @@ def test_a_plan_counts_the_network_evaluations_of_an_image():
     # 50 Heun steps are 99 times; 0.0 (once) and 0.02 .. 0.1 (twice each) are not guided.
     paper = SamplerConfig(steps=50, solver="heun", cfg_scale=2.9, cfg_interval=(0.1, 1.0))
     assert a_plan(sampler=paper).network_evaluations() == 2 * 99 - 11
+    one, low = torch.ones(1), torch.tensor([0.1])
+    assert not guidance_acts(times(50)[5:6], 2.9 * one, low, one).any()  # 5/50 is not above 0.1
+    assert guidance_acts(times(50)[6:7], 2.9 * one, low, one).all()
     off = SamplerConfig(steps=50, solver="euler", cfg_scale=1.0)
     assert a_plan(sampler=off).network_evaluations() == 50
 
