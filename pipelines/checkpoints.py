@@ -375,6 +375,16 @@ class Saver:
         self._uri = ""
         self._error: BaseException | None = None
 
+    def prepare(self, state: Stateful) -> None:
+        """Take the memory of the copy, after the first step, so that no save waits for it.
+
+        Not before: asked for its state before a step, an optimizer counts one.
+        """
+        if self._copy is None:
+            live = state.state_dict()
+            self._copy = _create_cpu_state_dict(live, pin_memory=torch.cuda.is_available())
+            _copy_state_dict(live, self._copy)  # touches each page
+
     def start(
         self, step: int, state: Stateful, meta: Meta, before: Callable[[], None] | None = None
     ) -> None:
@@ -384,10 +394,9 @@ class Saver:
         this rank.
         """
         assert self._thread is None
-        live = state.state_dict()
-        if self._copy is None:
-            self._copy = _create_cpu_state_dict(live, pin_memory=torch.cuda.is_available())
-        frozen = _copy_state_dict(live, self._copy)
+        self.prepare(state)
+        assert self._copy is not None
+        frozen = _copy_state_dict(state.state_dict(), self._copy)
 
         def work() -> None:
             try:

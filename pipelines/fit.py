@@ -245,6 +245,7 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
             else:
                 result = state.step([_on(context.device, batch) for batch in batches])
                 meter.add(state.images_seen, batches, result)
+                saver.prepare(state)
             rising = stored(saver.poll())
 
             seen = state.images_seen

@@ -23,8 +23,8 @@ def clothes(repository) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def photographs(imagenet_sample) -> np.ndarray:
-    """80 real photographs, uint8 [N, 3, 256, 256]."""
-    files = sorted(imagenet_sample.glob("*.JPEG"))[:80]
+    """40 real photographs, uint8 [N, 3, 256, 256]."""
+    files = sorted(imagenet_sample.glob("*.JPEG"))[:40]
     pictures = [np.asarray(Image.open(f).convert("RGB").resize((256, 256))) for f in files]
     return np.stack(pictures).transpose(0, 3, 1, 2)
 
