@@ -13,6 +13,7 @@ which of several pages or depths is the picture.
 from __future__ import annotations
 
 import re
+import warnings
 from io import BytesIO
 
 import numpy as np
@@ -46,9 +47,11 @@ def decode(image: bytes) -> Image.Image:
     if not image:
         raise BadImage("empty file")
     try:
-        with Image.open(BytesIO(image), formats=FORMATS) as opened:
-            _check_size(opened.width, opened.height)
-            return opened.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow has one for each odd image
+            with Image.open(BytesIO(image), formats=FORMATS) as opened:
+                _check_size(opened.width, opened.height)
+                return opened.convert("RGB")
     except BadImage:
         raise
     except UnidentifiedImageError as error:

@@ -9,7 +9,6 @@ how often. The manifest comes last.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -266,18 +265,16 @@ def write_shard(
 
     rows: dict[int, dict[int, Row]] = {size: {} for size in folders}
     rejects: dict[int, list[Reject]] = {size: [] for size in folders}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow has one for each odd image; they are kept or named
-        for i, image in sources.read_images(root, refs):
-            ref, id_ = refs[i], int(ids[i])
-            for size, pixels in zip(
-                folders, crops(image, ref.label, len(classes), folders), strict=True
-            ):
-                if isinstance(pixels, images.BadImage):
-                    rejects[size].append(Reject(id_, ref.path, str(pixels)))
-                else:
-                    row = Row(images.encode(pixels, job.encoding), ref.path, ref.label, id_)
-                    rows[size][i] = row
+    for i, image in sources.read_images(root, refs):
+        ref, id_ = refs[i], int(ids[i])
+        for size, pixels in zip(
+            folders, crops(image, ref.label, len(classes), folders), strict=True
+        ):
+            if isinstance(pixels, images.BadImage):
+                rejects[size].append(Reject(id_, ref.path, str(pixels)))
+            else:
+                row = Row(images.encode(pixels, job.encoding), ref.path, ref.label, id_)
+                rows[size][i] = row
 
     name = shards.shard_name(number, job.num_shards)
     found = []

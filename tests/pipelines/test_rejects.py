@@ -323,6 +323,18 @@ def test_an_image_that_is_too_long_at_one_size_is_kept_at_the_other(tmp_path: Pa
     assert "5120000 x 256" in str(large)
 
 
+def test_odd_images_are_decoded_without_a_word() -> None:
+    """Pillow warns of a bomb between its limit and twice that, and of odd palettes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, (content, why) in files().items():
+            if why is None:
+                images.decode(content)
+            elif name == "bomb.png":
+                with pytest.raises(images.BadImage, match="is more than"):
+                    images.decode(content)
+
+
 def test_decoding_for_several_sizes_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     decode: Callable[[bytes], Image.Image] = images.decode
