@@ -67,10 +67,11 @@ def rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, with fp32 logits and softmax; all [B, N, L, D].
+    """softmax(q k^T / sqrt(D)) v; all [B, N, L, D].
 
-    On a CPU in bf16 two matmuls beat the fused kernel (2.4x forward, 4x backward when
-    compiled); everywhere else the fused kernel wins.
+    The softmax is fp32. On a CPU in bf16 two matmuls beat the fused kernel (2.4x forward, 4x
+    backward when compiled), and the logits are rounded to bf16 between them; everywhere else the
+    fused kernel wins, which keeps them in fp32.
     """
     if q.device.type == "cpu" and v.dtype == torch.bfloat16:
         logits = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5)

@@ -93,6 +93,7 @@ def run(config: PrepareConfig) -> None:
     require(config, "source", "output")
     source = sources.open_source(storage.absolute(config.source), config.classes, config.labels)
     output = storage.absolute(config.output)
+    refuse_inside(output, storage.absolute(config.source))
     folders = folders_of(output, config.image_size)
     with tempfile.TemporaryDirectory(prefix="jit-") as temporary:
         index = Path(temporary) / INDEX_FILE
@@ -133,6 +134,23 @@ def run(config: PrepareConfig) -> None:
                 folder, manifest.num_rows, size, manifest.num_rejects,
                 sum(s.bytes for s in manifest.shards) / 1e6, manifest.fingerprint,
             )  # fmt: skip
+
+
+def refuse_inside(output: str, source: str) -> None:
+    """Check that the output does not lie below the source: its pictures would become images.
+
+    Raises:
+        ValueError: it does.
+    """
+    inner, outer = (
+        uri if storage.local_path(uri) is None else os.path.realpath(uri)
+        for uri in (output, source)
+    )
+    if inner.startswith(f"{outer.rstrip('/')}/"):
+        raise ValueError(
+            f"--output {output} lies inside of --source {source}, where its contact sheet would be "
+            "taken for an image: choose a folder beside the source"
+        )
 
 
 def verify(uri: str) -> None:

@@ -323,6 +323,20 @@ def test_an_output_that_cannot_be_used_is_refused_before_any_work(
     assert [f.name for f in tmp_path.rglob("*")] == ["file", "home", "letter.txt"]
 
 
+def test_an_output_inside_of_the_source_is_refused_for_it_would_become_images(
+    tree: Path, tmp_path: Path
+) -> None:
+    before = sorted(tree.rglob("*"))
+    (tmp_path / "link").symlink_to(tree)
+    for output in (tree / "dataset", tree / "blue" / ".." / "x", tmp_path / "link" / "dataset"):
+        with pytest.raises(ValueError, match=r"lies inside of --source .*choose a folder beside"):
+            prepare.run(_config(tree, output))
+    with pytest.raises(ValueError, match="lies inside of"):
+        prepare.refuse_inside("s3://bucket/raw/dataset", "s3://bucket/raw/")
+    prepare.refuse_inside("s3://bucket/raw-prepared", "s3://bucket/raw")
+    assert sorted(tree.rglob("*")) == before
+
+
 @pytest.mark.ray
 def test_too_many_rejects_stop_before_the_manifest_and_can_be_allowed(
     prepared: Path, tree: Path, tmp_path: Path, ray_cluster: None
