@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 TINY = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2,
@@ -117,10 +118,10 @@ def rank(plan: dict) -> None:
     base = resident()
     config = ModelConfig.model_validate(plan["model"])
     state = build(config)
-    built = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    built = most_resident()
     for _ in range(3):
         step(state, plan["micro_batch"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = most_resident()
     expected = cost.memory(
         config, micro_batch=plan["micro_batch"], accumulates=pieces > 1, shards=world,
         num_emas=num_emas, precision=precision, checkpointing=checkpointing, compile=compile,
@@ -134,8 +135,20 @@ def rank(plan: dict) -> None:
 
 def resident() -> int:
     """Bytes of this process in memory now."""
-    with open("/proc/self/statm") as file:  # noqa: PTH123
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return status("VmRSS")
+
+
+def most_resident() -> int:
+    """Most bytes that it ever had. getrusage's maximum is no less than that of the process that
+    started it, such as a test runner's."""
+    return status("VmHWM")
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, field
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":
