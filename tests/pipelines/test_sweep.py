@@ -330,9 +330,11 @@ def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
         export.run(ExportConfig(source=run_folder, output=str(tmp_path / f"{ema:g}"), ema=ema))
     one, other = (str(tmp_path / name) for name in ("0.5", "0.9"))
 
+    fixed = {"reference": reference, "output": tmp_path / "output"}
+
     def refused(match: str, **changes: object) -> None:
         with pytest.raises(ValueError, match=match):
-            sweep.run(config(run_folder, reference, tmp_path / "output", **changes))
+            sweep.run(config(**{"model": run_folder, **fixed, **changes}))
         assert not (tmp_path / "output").exists()
 
     refused("has no EMA of decay 0.7: choose from 0.5, 0.9", ema=0.7)
@@ -389,7 +391,7 @@ def test_a_plan_and_a_dry_run_say_what_would_be_done_and_touch_nothing(
             in printed
         )
         assert (
-            "search: refined, at most 12 cells, 240 images, 1,380 network evaluations; saves at "
+            "search: refined, at most 12 cells, 240 images, 1,440 network evaluations; saves at "
             "least 40 images (14% of the grid)" in printed
         )
         assert "winner: 40 images, at most 240 network evaluations" in printed
