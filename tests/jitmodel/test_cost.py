@@ -67,14 +67,16 @@ def test_the_arithmetic_needs_no_torch():
             {"hidden_size": 384, "depth": 4, "num_heads": 6, "in_context_start": 2},
             {"micro_batch": 12, "num_emas": 2},
         ),
-        (
+        pytest.param(
             {"hidden_size": 384, "depth": 6, "num_heads": 6, "in_context_start": 2},
             {"micro_batch": 12, "num_emas": 1, "checkpointing": "selective"},
+            marks=pytest.mark.slow,
         ),
-        (  # mostly weights and what follows them, with gradients that wait
+        pytest.param(  # mostly weights and what follows them, with gradients that wait
             {"hidden_size": 768, "depth": 4, "num_heads": 12, "in_context_start": 2,
              "image_size": 128},
             {"micro_batch": 4, "pieces": 2, "precision": "fp32"},
+            marks=pytest.mark.slow,
         ),
         (
             {"hidden_size": 768, "depth": 6, "num_heads": 12, "in_context_start": 2,

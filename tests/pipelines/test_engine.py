@@ -116,7 +116,8 @@ def test_an_image_is_the_evaluation_jobs_bit_for_bit_under_the_same_batch_shape(
     sampler = SamplerConfig(steps=9, solver="heun", cfg_scale=2.9, cfg_interval=(0.1, 0.9))
     plan = Plan(
         num_images=20, batch=5, chunk_batches=1, seed=3, precision=precision, sampler=sampler,
-        model=CONFIG, flow=model.flow, weights_sha256="", extractor={}, device="cpu", torch="", code="",
+        model=CONFIG, flow=model.flow, weights_sha256="", extractor={}, device="cpu", torch="",
+        code="",
     )  # fmt: skip
     index = range(5, 10)
 

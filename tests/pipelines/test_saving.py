@@ -234,6 +234,7 @@ class Outage(LocalContext):
         return False
 
 
+@pytest.mark.slow
 def test_a_store_that_answers_503_is_asked_again_and_one_that_stays_so_stops_training(
     tiny_dataset, tmp_path, faulty_store, faulty_environment, monkeypatch
 ):
