@@ -185,7 +185,9 @@ def refuse_strangers(output: str) -> None:
     if not storage.exists(output) or storage.exists(storage.join(output, WORK, "job.json")):
         return
     folders, files = storage.list_folder(output)
-    found = [*folders, *(entry.relative for entry in files)]
+    # Some stores keep the empty folders of objects that were deleted.
+    full = [name for name in folders if storage.exists(storage.join(output, name))]
+    found = [*full, *(entry.relative for entry in files)]
     strangers = [name for name in found if name != WORK and not name.startswith(storage.TEMPORARY)]
     if strangers:
         raise ValueError(

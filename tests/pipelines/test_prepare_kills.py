@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -62,9 +63,10 @@ def _environment() -> dict[str, str]:
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+    process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+    process.said = said  # type: ignore[attr-defined]
+    return process
 
 
 def _finish(command: list[str], environment: dict[str, str]) -> None:
@@ -128,8 +130,14 @@ def _descendants(pid: int) -> dict[int, str]:
 
 def _again(process: subprocess.Popen[bytes], output: str) -> None:
     """The command ended before its moment came: make room for another try."""
-    assert process.wait() == 0
+    assert process.wait() == 0, _said(process)
     storage.delete(output)
+
+
+def _said(process: subprocess.Popen[bytes]) -> str:
+    """What a command of `_start` has printed."""
+    process.said.seek(0)  # type: ignore[attr-defined]
+    return str(process.said.read())  # type: ignore[attr-defined]
 
 
 def _kill_drivers(source: Path, output: str, kills: int, seed: int) -> None:
@@ -160,7 +168,7 @@ def _kill_workers(source: Path, output: str, kills: int, seed: int) -> None:
                 kills -= 1
         if kills:
             _again(process, output)
-    assert process.wait() == 0
+    assert process.wait() == 0, _said(process)
 
 
 def _kill_nodes(source: Path, output: str, kills: int, seed: int) -> None:

@@ -166,6 +166,24 @@ def test_credentials_that_expire_during_verification_are_no_damage(
             shards.verify(root)
 
 
+def test_an_empty_folder_that_the_store_keeps_is_no_stranger(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    output = f"s3://bucket/{uuid.uuid4().hex}/dataset"
+    storage.write_bytes(f"{output}/data/old.parquet", b"old")
+    with pytest.raises(ValueError, match=r"is not empty.*it holds 'data'"):
+        job.refuse_strangers(output)
+
+    # emptied, begun, and killed before it is said what is made
+    storage.delete(output)
+    storage.write_bytes(f"{output}/_work/writer/1.json", b"{}")
+    assert "data" in storage.list_folder(output)[0], "this store drops empty folders"
+
+    job.refuse_strangers(output)
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_a_second_writer_is_refused_by_name(
