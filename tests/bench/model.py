@@ -11,7 +11,7 @@ import torch
 from jitmodel.benchmark import DECAYS, AuthorsStep, authors_network
 from jitmodel.config import ModelConfig, OptimizerConfig
 from jitmodel.model import JiT
-from jitmodel.parallel import parallelize
+from jitmodel.parallel import parallelize, store_as_computed
 from jitmodel.sampler import guided_velocity
 from jitmodel.state import Batch, TrainState
 
@@ -71,7 +71,7 @@ def run() -> dict:
             lambda: authors_step(x, e, t, y),
         )
     ]
-    ours.eval()
+    store_as_computed(ours.eval(), "bf16")  # as evaluation draws
     theirs.eval()
     rows.append(compare("guided evaluation", one_batched_pass, both_passes))
     return {
