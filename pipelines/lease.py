@@ -68,7 +68,9 @@ class Lease:
         while not self._ended.wait(BEAT_S) and not self._problem:
             try:
                 self.beat()
-            except OSError as error:  # the work will meet the same error, and tell it
+            except PermissionError:  # the work will be refused too, and tell it
+                continue
+            except OSError as error:
                 logger.warning("no sign of life could be given in %s: %s", self.folder, error)
 
 
