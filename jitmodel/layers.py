@@ -79,6 +79,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """h weight^T + bias; [..., in] -> [..., out].
+
+    On a CPU the bf16 product with a bias first copies the bias to every row of its result. Where
+    no gradient is asked for it is cheaper to add it apart, in the kernel that reads the result:
+    a guided evaluation of B/16 takes 17 % less time. In training, the bias' gradient eats that.
+    """
+    if h.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled():
+        out = F.linear(h, weight)
+        return out + bias.to(out.dtype)
+    return F.linear(h, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of `linear`."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return linear(h, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """h / rms(h) * weight, computed in fp32 and returned in the type of h."""
 
@@ -154,10 +175,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // num_heads)
         self.k_norm = RMSNorm(width // num_heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -180,7 +201,7 @@ class Attention(nn.Module):
         bias = self.qkv.bias.unflatten(0, (3, N, -1))  # [3, N, D/N]
         weight = torch.cat((halves(weight[:2].transpose(-1, -2)).transpose(-1, -2), weight[2:]))
         bias = torch.cat((halves(bias[:2]), bias[2:]))
-        qkv = F.linear(h, weight.flatten(0, 2), bias.flatten())
+        qkv = linear(h, weight.flatten(0, 2), bias.flatten())
         q, k, v = qkv.unflatten(-1, (3, N, -1)).permute(2, 0, 3, 1, 4)  # [3, B, N, L, D/N]
         return q, k, v
 
@@ -198,8 +219,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -211,14 +232,14 @@ class SwiGLU(nn.Module):
             return out
         w12 = F.pad(self.w12.weight.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
         b12 = F.pad(self.w12.bias.unflatten(0, (2, -1)), (0, padding)).flatten()
-        gate, value = F.linear(h, w12, b12).chunk(2, dim=-1)
+        gate, value = linear(h, w12, b12).chunk(2, dim=-1)
         w3 = F.pad(self.w3.weight, (0, padding))
-        return F.linear(self.dropout(F.silu(gate) * value), w3, self.w3.bias)
+        return linear(self.dropout(F.silu(gate) * value), w3, self.w3.bias)
 
 
 def modulation(width: int, count: int) -> nn.Sequential:
     """adaLN: the condition to `count` vectors of shift, scale or gate."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+    return nn.Sequential(nn.SiLU(), Linear(width, count * width))
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -252,7 +273,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = RMSNorm(width)
-        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.linear = Linear(width, patch_size * patch_size * out_channels)
         self.adaLN_modulation = modulation(width, 2)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
