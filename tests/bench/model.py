@@ -15,7 +15,7 @@ from jitmodel.parallel import parallelize, store_as_computed
 from jitmodel.sampler import guided_velocity
 from jitmodel.state import Batch, TrainState
 
-BATCH, ROUNDS, THREADS = 8, 5, 2
+BATCH, ROUNDS, THREADS = 8, 11, 2
 
 
 def seconds(call: Callable[[], object]) -> float:
