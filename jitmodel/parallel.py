@@ -14,6 +14,7 @@ than its shards:
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -39,6 +40,24 @@ KEPT = [
     _aten._scaled_dot_product_cudnn_attention.default,
 ]
 """What selective checkpointing keeps: results of GEMMs and of fused attention."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_INT_MAX = 2**31 - 1
+
+
+def tune_cpu(threads: int) -> None:
+    """Make this process ready to compute on a CPU: its threads, and memory that it keeps.
+
+    glibc gives large blocks back to the kernel when they are freed. Activations are allocated and
+    freed in every step, so each step gets them back page by page and zeroed: 0.3 to 0.9 s of a 2 s
+    step of B/16 at 8 images, depending on how the heap happens to lie. Other C libraries have no
+    mallopt, and nothing changes there.
+    """
+    torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
 
 
 def device_mesh(device_type: str, world_size: int, shard_size: int = 0) -> DeviceMesh | None:

@@ -23,7 +23,7 @@ import torch
 
 from jitmodel.config import ClassInfo
 from jitmodel.model import JiT
-from jitmodel.parallel import parallelize, store_as_computed
+from jitmodel.parallel import parallelize, store_as_computed, tune_cpu
 from pipelines import metrics, report, storage
 from pipelines.config import EvaluateConfig, KeepImages, StageFailed
 from pipelines.drawing import (
@@ -65,7 +65,7 @@ def pick_device() -> torch.device:
     """The GPU that Ray gave this process, or its one CPU thread."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    torch.set_num_threads(1)
+    tune_cpu(threads=1)
     return torch.device("cpu")
 
 

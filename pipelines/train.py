@@ -36,6 +36,7 @@ from ray._private.worker import get_dashboard_url
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
+from jitmodel.parallel import tune_cpu
 from pipelines import runtime, storage, trackers, validation
 from pipelines.checkpoints import LATEST, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
@@ -147,7 +148,7 @@ def worker(options: dict[str, Any]) -> dict[str, Any]:
     context = RayContext(judged=bool(config.validation.reference))
     if context.device.type == "cpu":
         cpus = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cpus // ray.train.get_context().get_local_world_size()))
+        tune_cpu(max(1, cpus // ray.train.get_context().get_local_world_size()))
     try:
         result = fit(config, context)
     except (NonFiniteLoss, SaveFailed) as error:  # to start again would only meet it again
@@ -164,7 +165,7 @@ def judge(checkpoint: ray.train.Checkpoint, uri: str, options: dict[str, Any]) -
     logging.getLogger("pipelines").setLevel(logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        torch.set_num_threads(1)
+        tune_cpu(threads=1)
     try:
         score = validation.validate(uri, ValidationConfig.model_validate(options), device)
     except FileNotFoundError as error:  # what is not among the newest any more may be deleted

@@ -23,7 +23,7 @@ import torch
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ModelConfig, SamplerConfig
 from jitmodel.model import JiT
-from jitmodel.parallel import parallelize, store_as_computed
+from jitmodel.parallel import parallelize, store_as_computed, tune_cpu
 from jitmodel.sampler import sample, start_noise
 
 # 256 tokens as in the paper, but small enough to draw some images in a minute.
@@ -68,7 +68,7 @@ def bare_rate(artifact: Path) -> float:
     from pipelines.drawing import draw_batch
     from pipelines.models import load_model
 
-    torch.set_num_threads(1)
+    tune_cpu(threads=1)
     job = small_job(artifact, artifact)
     model = store_as_computed(load_model(job.source), "bf16")
     for i in range(WARM + TIMED):
@@ -149,7 +149,7 @@ def extraction(images: int = 24, rounds: int = 5) -> dict:
 
     from pipelines.features import get_extractor
 
-    torch.set_num_threads(1)
+    tune_cpu(threads=1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "inception.pth"
         inception_file(file)
@@ -204,7 +204,7 @@ def metrics_cost(num: int, width: int, real: int) -> dict:
     """What all metrics of stored features cost."""
     from pipelines.metrics import Moments, Real, Statistics, all_metrics
 
-    torch.set_num_threads(2)
+    tune_cpu(threads=2)
     rng = np.random.default_rng(0)
 
     def features(rows: int, columns: int) -> np.ndarray:
@@ -252,7 +252,7 @@ def guided(steps: int = 20, images: int = 2, rounds: int = 3) -> dict:
     """Both networks compiled; the authors' loop runs both passes at every time."""
     from azula.plugins.jit._src import model as authors
 
-    torch.set_num_threads(1)
+    tune_cpu(threads=1)
     torch.manual_seed(0)
     theirs = authors.JiT_models["JiT-B/16"](input_size=256).eval()
     ours = JiT(ModelConfig.named("JiT-B/16", image_size=256))

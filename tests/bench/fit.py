@@ -23,6 +23,7 @@ import torch
 from loader import PHOTOGRAPHS, SIZE, dataset  # a neighbour of this file
 
 from jitmodel.config import ModelConfig
+from jitmodel.parallel import tune_cpu
 from pipelines import images
 from pipelines.config import TrainConfig
 from pipelines.fit import LocalContext, _on, build, fit
@@ -53,7 +54,7 @@ class Clock(LocalContext):
 def run() -> dict:
     if not PHOTOGRAPHS.is_dir():
         sys.exit(f"needs the real photographs at {PHOTOGRAPHS}")
-    torch.set_num_threads(2)
+    tune_cpu(threads=2)
     folder = Path(tempfile.mkdtemp(prefix="jit-bench-"))
     try:
         files = sorted(PHOTOGRAPHS.glob("*.JPEG"))

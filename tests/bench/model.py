@@ -11,7 +11,7 @@ import torch
 from jitmodel.benchmark import DECAYS, AuthorsStep, authors_network
 from jitmodel.config import ModelConfig, OptimizerConfig
 from jitmodel.model import JiT
-from jitmodel.parallel import parallelize, store_as_computed
+from jitmodel.parallel import parallelize, store_as_computed, tune_cpu
 from jitmodel.sampler import guided_velocity
 from jitmodel.state import Batch, TrainState
 
@@ -40,7 +40,7 @@ def compare(what: str, ours: Callable[[], object], theirs: Callable[[], object])
 
 
 def run() -> dict:
-    torch.set_num_threads(THREADS)
+    tune_cpu(THREADS)
     torch.manual_seed(0)
     config = ModelConfig.named("JiT-B/16", image_size=256)
     theirs, ours = authors_network(config), JiT(config)

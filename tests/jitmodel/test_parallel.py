@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -250,3 +251,27 @@ def test_full_recomputation_runs_the_forward_pass_again_and_selective_no_product
     assert flops["selective"] == flops["none"]
     again = flops["full"][1] - flops["none"][1]
     assert 0.9 * flops["none"][0] < again < flops["none"][0]  # the blocks' part of it
+
+
+FAULTS = """
+import resource, torch
+import numpy as np
+from jitmodel.parallel import tune_cpu
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [np.ones(24 << 20, np.uint8) for _ in range(10)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+tune_cpu(threads=1)
+assert torch.get_num_threads() == 1
+print(faults(), faults(), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
+def test_memory_that_was_freed_is_used_again_without_the_kernel():
+    command = [sys.executable, "-c", FAULTS]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    first, second, third = map(int, printed.split())
+    assert second + third < first / 100
