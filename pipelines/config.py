@@ -320,6 +320,8 @@ class ExportConfig(StageConfig):
     """URI of the artifact folder to write."""
     ema: Probability = 0.9999
     """Decay of the EMA to export; 0 exports the raw weights."""
+    overwrite: bool = False
+    """Replace an artifact with other weights."""
 
 
 class ReferenceConfig(StageConfig):

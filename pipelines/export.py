@@ -36,7 +36,7 @@ def run(config: ExportConfig) -> None:
 
     Raises:
         FileNotFoundError: there is no complete checkpoint.
-        ValueError: it has no such EMA.
+        ValueError: it has no such EMA, or the output has an artifact with other weights.
         PermissionError: the output cannot be written.
     """
     require(config, "source", "output")
@@ -51,10 +51,32 @@ def run(config: ExportConfig) -> None:
         folder = Path(temporary)
         weights = read_weights(found, config.ema)
         info = save_artifact(folder, weights, artifact_info(found, config.ema))
+        if not config.overwrite:
+            check_not_another(config.output, info)
         (folder / "README.md").write_text(model_card(info), encoding="utf-8")
         storage.publish_folder(folder, config.output, last=CONFIG)
     logger.info(
         "%s: EMA %g of %s after %d images", config.output, config.ema, info.run, info.images_seen
+    )
+
+
+def check_not_another(output: str, info: ArtifactInfo) -> None:
+    """Refuse to replace an artifact, which somebody may serve or cite, by another one.
+
+    Raises:
+        ValueError: naming both.
+    """
+    path = storage.join(output, CONFIG)
+    if not storage.exists(path):
+        return
+    there = storage.read_json(path)
+    if there.get("weights_sha256") == info.weights_sha256:
+        return
+    raise ValueError(
+        f"{output} has other weights, sha256 {str(there.get('weights_sha256'))[:12]}, after "
+        f"{there.get('images_seen')} images of {there.get('run')}; these are "
+        f"{info.weights_sha256[:12]}, after {info.images_seen} images of {info.run}. Name another "
+        "folder, or add --overwrite."
     )
 
 

@@ -5,8 +5,9 @@ Every rank has a meter and calls it alike: what is said is about all of them.
 
 from __future__ import annotations
 
-import resource
+import re
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -193,7 +194,20 @@ def memory_gib(device: torch.device) -> float:
     """Most memory that this process has held: of its GPU, or resident where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_bytes() / 2**30
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process has held, where there is Linux' /proc; 0 elsewhere.
+
+    getrusage's maximum is no less than that of the process which started this one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text("ascii")
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -185,7 +184,9 @@ def extraction(images: int = 24, rounds: int = 5) -> dict:
 
 
 def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    from pipelines.meter import peak_resident_bytes
+
+    return peak_resident_bytes() / 1e9
 
 
 def cost(call: Callable[[], object]) -> dict:

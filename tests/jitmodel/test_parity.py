@@ -63,11 +63,19 @@ def test_outputs_and_gradients_equal_the_authors(authors, name, image_size):
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
-def test_bf16_is_as_close_to_fp32_as_the_authors_bf16(authors):
-    """We round q and k to bf16 before their product, the authors after the softmax."""
+@pytest.mark.parametrize(("sharpness", "bound"), [(1.0, 0.03), (3.0, 0.1)])
+def test_bf16_is_as_close_to_fp32_as_the_authors_bf16(authors, sharpness, bound):
+    """We round q and k to bf16 before their product, the authors after the softmax.
+
+    Trained q and k norms grow, and with them the logits that the rounding disturbs.
+    """
     config = ModelConfig.named("JiT-B/16", image_size=256)
     theirs = authors["JiT-B/16"](input_size=256)
     randomise(theirs)
+    with torch.no_grad():
+        for block in theirs.blocks:
+            block.attn.q_norm.weight.mul_(sharpness)
+            block.attn.k_norm.weight.mul_(sharpness)
     ours = JiT(config)
     ours.load_state_dict(theirs.state_dict())
     z = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(1))
@@ -79,5 +87,5 @@ def test_bf16_is_as_close_to_fp32_as_the_authors_bf16(authors):
             error_ours = relative(ours(z, t, y).float(), exact)
             error_theirs = relative(theirs(z, t, y).float(), exact)
 
-    assert 0 < error_ours < 0.03
+    assert 0 < error_ours < bound
     assert error_ours < 1.25 * error_theirs

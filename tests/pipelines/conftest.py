@@ -35,7 +35,6 @@ class FaultyStore(ThreadingHTTPServer):
         self.seen: Counter[str] = Counter()
         self.code_after: tuple[int, str] | None = None
         """From this many requests on, all are refused with this code."""
-        self.delay_s = 0.0
 
     @property
     def endpoint(self) -> str:

@@ -5,34 +5,20 @@ import torch
 import yaml
 
 from jitmodel.artifact import load_artifact, read_info
-from jitmodel.config import ModelConfig
 from jitmodel.pixels import to_pixels
 from pipelines import checkpoints, export, storage
 from pipelines.config import ExportConfig, TrainConfig
 from pipelines.fit import LocalContext, averaged, build, fit
+from tests.pipelines.runs import config_for
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A run of four steps."""
-    config = TrainConfig.model_validate(
-        {
-            "data": str(tiny_dataset),
-            "storage": str(tmp_path_factory.mktemp("runs")),
-            "name": "tiny",
-            "model": ModelConfig(
-                image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2,
-                bottleneck_dim=16, in_context_len=2, in_context_start=1, num_classes=10,
-            ),
-            "optimizer": {"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.99999)},
-            "loader": {"lanes": 4},
-            "sampler": {"steps": 7, "cfg_scale": 1.5},
-            "parallel": {"precision": "fp32"},
-            "global_batch": 16,
-            "total_images": 64,
-            "checkpoint_every_images": 32,
-            "grid_every_images": 0,
-        }
+    config = config_for(
+        tiny_dataset, tmp_path_factory.mktemp("runs"), "tiny", total_images=64,
+        checkpoint_every_images=32, sampler={"steps": 7, "cfg_scale": 1.5}, grid_ema=0.5,
+        optimizer={"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.99999)},
     )  # fmt: skip
     fit(config, LocalContext())
     return config
@@ -117,3 +103,19 @@ def test_an_unknown_ema_or_source_is_refused_and_nothing_is_written(
     export.run(ExportConfig(source=run_folder(trained), output=output, ema=0.5, dry_run=True))
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artifact_is_replaced_only_by_itself_or_on_request(trained: TrainConfig, tmp_path: Path):
+    def exported(ema: float, **options) -> float:
+        source = run_folder(trained)
+        export.run(ExportConfig(source=source, output=str(tmp_path), ema=ema, **options))
+        return read_info(tmp_path).ema_decay
+
+    assert exported(0.5) == exported(0.5) == 0.5
+    with pytest.raises(
+        ValueError, match=r"has other weights, sha256 \w{12}, after 64 images of tiny"
+    ):
+        exported(0.99999)
+    assert read_info(tmp_path).ema_decay == 0.5
+    assert exported(0.99999, overwrite=True) == 0.99999
+    load_artifact(tmp_path)

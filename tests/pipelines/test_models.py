@@ -7,34 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from jitmodel.config import ModelConfig
 from pipelines import checkpoints, export, storage
-from pipelines.config import ExportConfig, TrainConfig
+from pipelines.config import ExportConfig
 from pipelines.fit import LocalContext, fit
 from pipelines.models import find_model, load_model
+from tests.pipelines.runs import config_for
 
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run of four steps with two checkpoints and two EMAs."""
-    config = TrainConfig.model_validate(
-        {
-            "data": str(tiny_dataset),
-            "storage": str(tmp_path_factory.mktemp("runs")),
-            "name": "tiny",
-            "model": ModelConfig(
-                image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2,
-                bottleneck_dim=16, in_context_len=2, in_context_start=1, num_classes=10,
-            ),
-            "optimizer": {"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.9999)},
-            "loader": {"lanes": 4},
-            "sampler": {"steps": 7, "cfg_scale": 1.5},
-            "parallel": {"precision": "fp32"},
-            "global_batch": 16,
-            "total_images": 64,
-            "checkpoint_every_images": 32,
-            "grid_every_images": 0,
-        }
+    config = config_for(
+        tiny_dataset, tmp_path_factory.mktemp("runs"), "tiny", total_images=64,
+        checkpoint_every_images=32, sampler={"steps": 7, "cfg_scale": 1.5}, grid_ema=0.5,
+        optimizer={"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.9999)},
     )  # fmt: skip
     fit(config, LocalContext())
     return storage.join(config.storage, config.name)

@@ -21,7 +21,6 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from jitmodel.config import ModelConfig
 from pipelines import evaluate, export, storage, sweep
 from pipelines.cli import resolve
 from pipelines.config import (
@@ -31,12 +30,12 @@ from pipelines.config import (
     ReferenceConfig,
     SamplerChoice,
     SweepConfig,
-    TrainConfig,
     load_preset,
 )
 from pipelines.features import get_extractor
 from pipelines.fit import LocalContext, fit
 from pipelines.report import command
+from tests.pipelines.runs import config_for
 
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 
@@ -44,24 +43,10 @@ SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 @pytest.fixture(scope="module")
 def run_folder(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run of eight steps with two EMAs."""
-    config = TrainConfig.model_validate(
-        {
-            "data": str(tiny_dataset),
-            "storage": str(tmp_path_factory.mktemp("runs")),
-            "name": "tiny",
-            "model": ModelConfig(
-                image_size=28, patch_size=14, hidden_size=32, depth=2, num_heads=2,
-                bottleneck_dim=16, in_context_len=2, in_context_start=1, num_classes=10,
-            ),
-            "optimizer": {"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.9)},
-            "loader": {"lanes": 4},
-            "sampler": {"steps": 2, "cfg_scale": 1.5},
-            "parallel": {"precision": "fp32"},
-            "global_batch": 16,
-            "total_images": 128,
-            "checkpoint_every_images": 128,
-            "grid_every_images": 0,
-        }
+    config = config_for(
+        tiny_dataset, tmp_path_factory.mktemp("runs"), "tiny", total_images=128,
+        checkpoint_every_images=128, sampler={"steps": 2, "cfg_scale": 1.5}, grid_ema=0.5,
+        optimizer={"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.9)},
     )  # fmt: skip
     fit(config, LocalContext())
     return storage.join(config.storage, config.name)
