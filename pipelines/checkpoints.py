@@ -26,8 +26,10 @@ Whatever an interrupted save or deletion left is removed by the next save.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -53,6 +55,7 @@ from jitmodel.config import ClassInfo, Config
 from pipelines import storage
 from pipelines.config import StageFailed, TrainConfig
 from pipelines.shards import Manifest
+from pipelines.threads import step_back
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,9 @@ STEP = re.compile(r"step_(\d{8,})")
 """Name of a checkpoint's folder."""
 LEAVE_S = 20.0
 """Longest wait for a save in work when the process ends by an error."""
+
+LEAST_FREE = 16 * 2**20
+"""A disk with less room than this, in bytes, is full."""
 
 
 class SaveFailed(StageFailed):
@@ -278,7 +284,7 @@ def save(
     try:
         if rank == 0:
             _delete(uri)  # what an interrupted save of the same step may have left
-        files = _store_shards(uri, state, group, alone=world_size == 1)
+        files = _store_shards(uri, _scratch(run, rank), state, group, alone=world_size == 1)
         if rank == 0 and before:
             before()
     except Exception as error:  # whatever it is, the other ranks wait to be told
@@ -301,24 +307,36 @@ def save(
     return uri
 
 
+def _scratch(run: str, rank: int) -> Path:
+    """An empty local folder for what a rank writes: beside the run, where a rename stores it."""
+    here = storage.local_path(run)
+    if here is None:
+        return Path(tempfile.mkdtemp(prefix="jit-save-"))
+    folder = here / f".saving-{rank}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
+    folder.mkdir(parents=True)
+    return folder
+
+
 def _store_shards(
-    uri: str, state: dict[str, Any], group: dist.ProcessGroup | None, *, alone: bool
+    uri: str, scratch: Path, state: dict[str, Any], group: dist.ProcessGroup | None, *, alone: bool
 ) -> dict[str, int]:
     """Store this rank's part of a state, .metadata last; its files and their bytes."""
-    local = Path(tempfile.mkdtemp(prefix="jit-save-"))
     try:
         with _quiet():
-            writer = FileSystemWriter(local)
+            writer = FileSystemWriter(scratch)
             try:
                 dcp_save(state, storage_writer=writer, process_group=group, no_dist=alone)
             except CheckpointException as error:  # torch hides what the disk said
+                if shutil.disk_usage(scratch).free < LEAST_FREE:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch)) from error
                 first = next(iter(error.failures.values()))[0]
-                raise OSError(f"{first} (is the disk full that holds {local.parent}?)") from error
-        files = {path.name: path.stat().st_size for path in sorted(local.iterdir())}
+                raise OSError(f"{first} (is the disk full that holds {scratch}?)") from error
+        files = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
         for name in sorted(files, reverse=True):
-            storage.copy_in(local / name, storage.join(uri, name))
+            storage.move_in(scratch / name, storage.join(uri, name))
     finally:
-        shutil.rmtree(local, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return files
 
 
@@ -399,6 +417,7 @@ class Saver:
         frozen = _copy_state_dict(state.state_dict(), self._copy)
 
         def work() -> None:
+            step_back()
             try:
                 self._uri = save(
                     self.run, step, frozen, meta, rank=self.rank, world_size=self.world_size,

@@ -29,6 +29,7 @@ from pipelines import images, storage
 from pipelines.config import LoaderConfig
 from pipelines.order import Order, Window
 from pipelines.shards import Manifest, ShardInfo
+from pipelines.threads import step_back
 
 logger = logging.getLogger(__name__)
 
@@ -186,8 +187,8 @@ class Loader:
         """
         lanes: dict[int, _Lane] = {}
         shared: dict[int, tuple[Future[RowGroup], int]] = {}  # with the number of lanes holding it
-        readers = ThreadPoolExecutor(READERS, "jit-read")
-        decoders = ThreadPoolExecutor(self.config.threads, "jit-decode")
+        readers = ThreadPoolExecutor(READERS, "jit-read", step_back)
+        decoders = ThreadPoolExecutor(self.config.threads, "jit-decode", step_back)
 
         def hold(window: Window) -> dict[int, Future[RowGroup]]:
             held = {}

@@ -435,6 +435,12 @@ def copy_in(path: Path, uri: str) -> None:
         shutil.copyfile(path, temporary)
 
 
+def move_in(path: Path, uri: str) -> None:
+    """Move a local file to a URI; a rename where both are on one disk."""
+    with staged(uri) as temporary:
+        shutil.move(path, temporary)
+
+
 def publish_folder(folder: Path, uri: str, *, last: str) -> None:
     """Copy a local folder to a URI; the file named `last` is the one that publishes the rest."""
     files = [entry.relative for entry in list_files(str(folder))]
