@@ -55,7 +55,6 @@ from jitmodel.config import ClassInfo, Config
 from pipelines import storage
 from pipelines.config import StageFailed, TrainConfig
 from pipelines.shards import Manifest
-from pipelines.threads import step_back
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +64,8 @@ STEP = re.compile(r"step_(\d{8,})")
 LEAVE_S = 20.0
 """Longest wait for a save in work when the process ends by an error."""
 
+NICENESS = 10
+"""Of the thread that stores."""
 LEAST_FREE = 16 * 2**20
 """A disk with less room than this, in bytes, is full."""
 
@@ -361,6 +362,17 @@ def _gathered(mine: Any, world_size: int, group: dist.ProcessGroup | None) -> li
     return everyone
 
 
+def _step_back() -> None:
+    """Let the calling thread run where others leave a CPU free, for the rest of its life.
+
+    A step on a CPU waits for the slowest of its threads, so the one that is interrupted costs all
+    of them that time. Elsewhere than on Linux niceness belongs to the whole process, and stays.
+    """
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
 def _cause(error: BaseException) -> str:
     """What went wrong, in a line."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -417,7 +429,7 @@ class Saver:
         frozen = _copy_state_dict(state.state_dict(), self._copy)
 
         def work() -> None:
-            step_back()
+            _step_back()
             try:
                 self._uri = save(
                     self.run, step, frozen, meta, rank=self.rank, world_size=self.world_size,

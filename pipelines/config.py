@@ -122,8 +122,9 @@ class LoaderConfig(Config):
     """Row groups of a lane whose rows are shuffled together."""
     threads: PositiveInt = 2
     """Decoding threads of a worker."""
-    prefetch: PositiveInt = 2
-    """Batches that are decoded ahead of the one in use."""
+    prefetch: int | None = Field(None, ge=0)
+    """Batches that are decoded ahead of the one in use. By default 2 where a GPU computes, and none
+    where a CPU does: decoding beside a step would take its cores away and hold all of it up."""
 
 
 class ValidationConfig(Config):

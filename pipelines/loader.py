@@ -29,12 +29,15 @@ from pipelines import images, storage
 from pipelines.config import LoaderConfig
 from pipelines.order import Order, Window
 from pipelines.shards import Manifest, ShardInfo
-from pipelines.threads import step_back
 
 logger = logging.getLogger(__name__)
 
 READERS = 4
 """Row groups read at once: latency of an object store, not work."""
+READ_AHEAD = 2
+"""Batches whose row groups are being read while the one before them is decoded or in use."""
+GPU_PREFETCH = 2
+"""Batches that are decoded ahead by default where a GPU computes."""
 STALL_S = 30.0
 """A batch that takes longer is reported in the log."""
 
@@ -61,6 +64,10 @@ class RowGroup:
     image: pa.Array
     label: np.ndarray
     id: np.ndarray
+
+
+Place = tuple[Future[RowGroup], int]
+"""An image: its row group, and its row there."""
 
 
 class Reader:
@@ -176,6 +183,8 @@ class Loader:
                 f"global_batch {global_batch} among {world_size} workers"
             )
         self.config, self.global_batch = config, global_batch
+        default = GPU_PREFETCH if torch.cuda.is_available() else 0
+        self.prefetch = default if config.prefetch is None else config.prefetch
         self.image_size = manifest.image_size
 
     def batches(self, images_seen: int = 0) -> Generator[Batch]:
@@ -187,8 +196,8 @@ class Loader:
         """
         lanes: dict[int, _Lane] = {}
         shared: dict[int, tuple[Future[RowGroup], int]] = {}  # with the number of lanes holding it
-        readers = ThreadPoolExecutor(READERS, "jit-read", step_back)
-        decoders = ThreadPoolExecutor(self.config.threads, "jit-decode", step_back)
+        readers = ThreadPoolExecutor(READERS, "jit-read")
+        decoders = ThreadPoolExecutor(self.config.threads, "jit-decode")
 
         def hold(window: Window) -> dict[int, Future[RowGroup]]:
             held = {}
@@ -207,7 +216,7 @@ class Loader:
                 if holders > 1:
                     shared[group] = future, holders - 1
 
-        def locate(index: int) -> tuple[Future[RowGroup], int]:
+        def locate(index: int) -> Place:
             """Row group and row of an index; each lane's indices must come in order."""
             lane = lanes.get(index % self.order.lanes)
             if lane is None or lane.at == len(lane.window.row):
@@ -221,13 +230,12 @@ class Loader:
             lane.at += 1
             return lane.held[int(group)], int(row)
 
-        def start(index: np.ndarray) -> tuple[Batch, list[Future[None]]]:
+        def start(index: np.ndarray, places: list[Place]) -> tuple[Batch, list[Future[None]]]:
             """Begin to fill a batch."""
             batch = self._empty(index)
-            places = [locate(i) for i in index.tolist()]
-            chunks = np.array_split(np.arange(len(index)), self.config.threads)
+            todo = deque(range(len(index)))  # images differ in cost: each thread takes the next one
             work = [
-                decoders.submit(self._fill, batch, places, c.tolist()) for c in chunks if len(c)
+                decoders.submit(self._fill, batch, places, todo) for _ in range(self.config.threads)
             ]
             return batch, work
 
@@ -239,11 +247,16 @@ class Loader:
                 begin += self.global_batch
 
         try:
-            ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
-            for index in plan():
-                ahead.append(start(index))
-                if len(ahead) > self.config.prefetch:
-                    batch, work = ahead.popleft()
+            reading: deque[tuple[np.ndarray, list[Place]]] = deque()
+            decoding: deque[tuple[Batch, list[Future[None]]]] = deque()
+            indices = plan()
+            while True:
+                if len(reading) == READ_AHEAD:
+                    decoding.append(start(*reading.popleft()))
+                index = next(indices)  # while the decoders work
+                reading.append((index, [locate(i) for i in index.tolist()]))
+                if len(decoding) > self.prefetch:
+                    batch, work = decoding.popleft()
                     self._finish(batch, work)
                     yield batch
         finally:
@@ -256,12 +269,15 @@ class Loader:
         label, ids = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
         return Batch(pixels.permute(0, 3, 1, 2), label, ids, torch.from_numpy(index.copy()))
 
-    def _fill(
-        self, batch: Batch, places: list[tuple[Future[RowGroup], int]], chunk: list[int]
-    ) -> None:
+    def _fill(self, batch: Batch, places: list[Place], todo: deque[int]) -> None:
+        """Decode images of a batch until none is left to do; several threads share `todo`."""
         pixels = batch.pixels.permute(0, 2, 3, 1).numpy()
         label, ids = batch.label.numpy(), batch.id.numpy()
-        for i in chunk:
+        while True:
+            try:
+                i = todo.popleft()
+            except IndexError:
+                return
             future, row = places[i]
             group = future.result()
             try:

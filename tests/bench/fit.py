@@ -33,7 +33,7 @@ from pipelines.fit import LocalContext, _on, build, fit
 from pipelines.loader import Loader
 from pipelines.shards import read_manifest
 
-ROUNDS, STEPS = 5, 8
+ROUNDS, STEPS = 12, 8
 SMALL = {"hidden_size": 256, "depth": 6, "num_heads": 4, "in_context_start": 2}
 SAVE_STEPS, SAVE_AT = 10, 4
 
@@ -88,17 +88,26 @@ def against_a_bare_loop(folder: Path) -> dict:
     stream = loader.batches()
     ready = [_on(torch.device("cpu"), next(stream)) for _ in range(STEPS)]
     stream.close()
-    rounds = []
-    for number in range(ROUNDS):
+
+    def fitted(number: int) -> float:
         clock = Clock()
         longer = {"total_images": config.global_batch * (STEPS + 1) * (number + 1)}
         fit(config.model_copy(update=longer), clock)
-        bare = []
+        return statistics.median(clock.steps())
+
+    def bare(number: int) -> float:
+        seconds = []
         for batch in ready:
             began = time.perf_counter()
             state.step([batch])
-            bare.append(time.perf_counter() - began)
-        rounds.append((statistics.median(clock.steps()), statistics.median(bare)))
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
+
+    rounds = []
+    for number in range(ROUNDS):  # each side begins as often as the other
+        sides = (fitted, bare) if number % 2 else (bare, fitted)
+        took = {side: side(number) for side in sides}
+        rounds.append((took[fitted], took[bare]))
     return {
         "title": f"fit with one worker against a bare loop, width 256, depth 6, {SIZE} px, 32 "
         f"images a step, two threads, median of {ROUNDS} alternating rounds of {STEPS} steps",

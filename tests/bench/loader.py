@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from jitmodel.config import ClassInfo
+from jitmodel.parallel import tune_cpu
 from pipelines import images, shards
 from pipelines.config import LoaderConfig
 from pipelines.loader import Loader
@@ -38,7 +39,7 @@ Batches = Callable[[], Iterable[object]]
 def run() -> dict:
     if not PHOTOGRAPHS.is_dir():
         sys.exit(f"needs the real photographs at {PHOTOGRAPHS}")
-    torch.set_num_threads(1)
+    tune_cpu(threads=1)
     folder = Path(tempfile.mkdtemp(prefix="jit-bench-"))
     try:
         files = sorted(PHOTOGRAPHS.glob("*.JPEG"))
