@@ -139,7 +139,7 @@ def write_shard(
         sha256=sha256(str(path)),
         row_groups=[len(group) for group in groups],
     )
-    problems = check_shard(str(path), info, classes).problems
+    problems = check_shard(str(path), info, classes, digest=info.sha256).problems
     assert not problems, problems
     return info
 
@@ -201,11 +201,20 @@ class Check(NamedTuple):
     id: np.ndarray
 
 
-def check_shard(uri: str, info: ShardInfo, classes: Sequence[ClassInfo]) -> Check:
-    """Read the file of a shard again: digest, columns, rows, row groups, label range."""
+def check_shard(
+    uri: str, info: ShardInfo, classes: Sequence[ClassInfo], *, digest: str = ""
+) -> Check:
+    """Read the file of a shard again: digest, columns, rows, row groups, label range.
+
+    Args:
+        uri: the file.
+        info: what it should be.
+        classes: names of the labels.
+        digest: the file's sha256, of a caller that has just read all of it.
+    """
     nothing = np.zeros(0, np.int64)
     try:
-        digest = sha256(uri)
+        digest = digest or sha256(uri)
         if digest != info.sha256:
             return Check([f"{info.file}: sha256 is {digest}, not {info.sha256}"], nothing, nothing)
         with storage.honest_errors(uri), storage.open_input(uri) as source:
