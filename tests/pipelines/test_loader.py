@@ -90,6 +90,18 @@ def test_the_stream_goes_on_from_any_image(tiny_dataset: Path):
         assert rest == unbroken[images_seen : images_seen + 40]
 
 
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_decoding_ahead_changes_no_batch(tiny_dataset: Path, prefetch: int, threads: int):
+    expected = take(open_loader(tiny_dataset), 12)
+    config = CONFIG.model_copy(update={"prefetch": prefetch, "threads": threads})
+
+    found = take(open_loader(tiny_dataset, config=config), 12)
+
+    assert ids(found) == ids(expected)
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(found, expected, strict=True))
+
+
 def test_micro_batches_are_the_share_in_pieces(tiny_dataset: Path):
     share = ids(take(open_loader(tiny_dataset, rank=1, world_size=2), 30))
 
