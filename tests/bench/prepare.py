@@ -225,7 +225,7 @@ def memory() -> dict:
         for count in REFERENCES:
             tree = folder / f"tree{count}"
             for i in range(count):
-                place = tree / f"{i % 100:03d}" / f"{i}.png"
+                place = tree / f"{i // 1000:05d}" / f"{i}.png"  # classes are listed one by one
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(tiny.getvalue())  # a file may not have so many links
             got = prepared(tree, folder / f"out{count}", image_size=8, encoding="raw")
