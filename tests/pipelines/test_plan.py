@@ -1,7 +1,9 @@
 """`jit plan`: what a run needs, from arithmetic and a price list."""
 
+import re
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 import yaml
@@ -80,6 +82,15 @@ def test_every_preset_can_be_planned(preset):
 
     assert found.gb_per_gpu < found.instance.memory_gb
     assert found.largest_micro_batch >= found.micro_batch
+
+
+@pytest.mark.parametrize("preset", [n for n in preset_names("train") if n != "demo"])
+def test_the_hours_in_a_presets_header_are_the_plans(preset):
+    header = (resources.files("pipelines") / "presets" / "train" / f"{preset}.yaml").read_text()
+    said = re.search(r"# Hours:\s+(\d+) on 8 H100", header)
+
+    assert said is not None
+    assert int(said[1]) == round(planned(preset, gpus=8, instance="p5.48xlarge").days * 24)
 
 
 def test_people_may_bring_their_own_machines_and_prices(tmp_path, capsys):
