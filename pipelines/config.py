@@ -312,6 +312,13 @@ class PlanConfig(TrainConfig):
         return fields | {"workers": fields.get("gpus", cls.model_fields["gpus"].default)}
 
 
+class StatusConfig(Config):
+    """What lies at a URI, and how far it is."""
+
+    uri: str = ""
+    """URI of a folder that a stage wrote, or is writing."""
+
+
 class ExportConfig(StageConfig):
     """Run folder or checkpoint -> artifact."""
 
