@@ -55,6 +55,13 @@ PAGE_POLICY = (
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 )
 
+STREAM_EXAMPLE = (
+    "event: image_generation.partial_image\n"
+    'data: {"type": "image_generation.partial_image", "b64_json": "iVBORw0KGgo...", '
+    '"partial_image_index": 0, "image_index": 0, "step": 4}\n\n'
+)
+"""How the answer to `stream: true` begins."""
+
 
 class ModelCard(BaseModel):
     """A model as `GET /v1/models` lists it."""
@@ -423,6 +430,7 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
     @app.post(
         IMAGES,
         response_model=ImagesAnswer,
+        responses={200: {"content": {"text/event-stream": {"example": STREAM_EXAMPLE}}}},
         openapi_extra={"requestBody": {**body, "required": True}},
     )
     async def generate(request: Request) -> Response:
@@ -489,6 +497,18 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
             "by index": {"value": {"prompt": "class:0", "num_inference_steps": 20}},
             "several classes": {"value": {"class_labels": [0, 0], "guidance_scale": 1.5}},
         }
+        answered = document["paths"][IMAGES]["post"]["responses"]["200"]["content"]
+        service = live.service
+        wanted = ImageRequest(prompt=service.classes.prompt(0), seed=0)
+        answered["application/json"]["example"] = generation.answer(
+            generation.plan(wanted, service.config, service.info, service.classes),
+            [{"b64_json": "iVBORw0KGgo..."}],
+            created=service.created,
+            timings=Timings(queued_s=0.0, drawing_s=0.34, encoding_s=0.001),
+            model=service.model,
+            info=service.info,
+            classes=service.classes,
+        ).model_dump(mode="json", exclude_none=True)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

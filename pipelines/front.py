@@ -18,7 +18,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -50,6 +50,21 @@ class ErrorDetail(BaseModel):
 
 class ErrorAnswer(BaseModel):
     """Body of every error."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "message": "n is 0: it should be greater than or equal to 1",
+                        "type": "invalid_request_error",
+                        "param": "n",
+                        "code": "invalid_value",
+                    }
+                }
+            ]
+        }
+    )
 
     error: ErrorDetail
 

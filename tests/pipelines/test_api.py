@@ -360,6 +360,23 @@ def test_models_classes_and_health_can_be_asked(client: TestClient, artifact: Pa
     assert "ValidationError" not in json.dumps(document), "errors have our shape, not FastAPI's"
 
 
+def test_the_examples_of_the_document_are_what_is_sent_and_answered(client: TestClient):
+    document = client.get("/openapi.json").json()
+    post = document["paths"][PATH]["post"]
+    (example,) = document["components"]["schemas"]["ErrorAnswer"]["examples"]
+    refused = client.post(PATH, json={"prompt": "tench", "n": 0})
+    answers = {
+        name: client.post(PATH, json=example["value"])
+        for name, example in post["requestBody"]["content"]["application/json"]["examples"].items()
+    }
+
+    assert refused.json() == example
+    assert {answer.status_code for answer in answers.values()} == {200}
+    shown = post["responses"]["200"]["content"]
+    assert shown["application/json"]["example"].keys() == answers["by name"].json().keys()
+    assert "text/event-stream" in shown
+
+
 def test_the_openai_client_draws_lists_and_reads_errors(url: str):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
 

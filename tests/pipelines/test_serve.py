@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
+import shlex
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections import defaultdict
@@ -246,6 +250,12 @@ def test_a_started_server_draws_for_the_openai_client(
         assert httpx.get(link).status_code == 401
         assert httpx.get(link, headers=header).content.startswith(b"\x89PNG")
         check_metrics(7, earlier)
+        command = text.partition("```bash\n")[2].partition("```")[0]
+        command = command.replace("http://127.0.0.1:8000", url).replace("Ankle boot", "boot")
+        words = [*shlex.split(command.replace("\\\n", " ")), "-sH", "Authorization: Bearer the key"]
+        if shutil.which("curl"):
+            said = subprocess.run(words, capture_output=True, check=True, timeout=60)
+            assert len(json.loads(said.stdout)["data"]) == 4
         assert "<title>" in httpx.get(url, auth=("me", "the key")).text
         with (
             pytest.raises(ValueError, match="Ray Serve already runs in this cluster"),
