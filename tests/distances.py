@@ -38,3 +38,19 @@ def moved_apart(
         kind = kind or name.split(".", maxsplit=1)[0]
         worst[kind] = max(worst.get(kind, 0), off)
     return worst
+
+
+def assert_trained_alike(
+    found: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    initial: dict[str, torch.Tensor],
+) -> None:
+    """Two runs ended in the same state: every tensor to 1e-5 of its norm.
+
+    As weights are mostly what they began as, they also must agree to 3e-5 of how far training
+    moved them, which includes that fp32 rounds an average at each step.
+    """
+    far = {name: relative(found[name], t) for name, t in expected.items() if t.is_floating_point()}
+    assert max(far.values()) < 1e-5, max(far.items(), key=lambda item: item[1])
+    worst = moved_apart(found, expected, initial)
+    assert max(worst.values()) < 3e-5, worst

@@ -17,7 +17,7 @@ from jitmodel.config import ModelConfig, OptimizerConfig
 from jitmodel.model import JiT
 from jitmodel.parallel import device_mesh, parallelize
 from jitmodel.state import Batch, TrainState
-from tests.distances import moved_apart
+from tests.distances import assert_trained_alike, moved_apart
 
 MODEL = ModelConfig(  # SwiGLU's true width, 106, is padded inside
     image_size=16, patch_size=4, hidden_size=40, depth=3, num_heads=2, bottleneck_dim=8,
@@ -156,9 +156,8 @@ def test_four_ranks_train_what_one_process_trains(four_ranks, name):
         assert norm == pytest.approx(norm_alone, rel=1e-4)
     assert any(norm > OPTIMIZER.grad_clip for _, norm in expected.results)  # clipping has acted
     here, there = flat(found["state"]), flat(expected.state_dict())
-    worst = moved_apart(here, there, found["first"])
-    assert worst.keys() == {"model", "ema", "exp_avg", "exp_avg_sq"}
-    assert max(worst.values()) < 3e-5, worst
+    assert {name.split(".")[0] for name in there} >= {"model", "ema", "optimizer"}
+    assert_trained_alike(here, there, found["first"])
 
 
 @pytest.mark.parametrize("name", ["sharded", "replicas"])
