@@ -63,6 +63,7 @@ def run(config: DemoConfig) -> None:
     Raises:
         StageFailed: a stage failed; its own message stands above.
         ModuleNotFoundError: the extra `demo` is not installed.
+        NotADirectoryError, PermissionError: the output cannot be written.
     """
     folder = Path(config.output).absolute()
     commands = stage_commands(folder, config)
@@ -71,6 +72,7 @@ def run(config: DemoConfig) -> None:
             print(f"{title}\n  {spell(command)}")
         return
     require_extra()
+    storage.check_writable(str(folder))
     if config.fresh:
         for name in MADE:  # and nothing else that may lie there
             storage.delete(str(folder / name))

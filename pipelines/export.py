@@ -30,18 +30,22 @@ from pipelines.versions import tool_versions
 
 logger = logging.getLogger(__name__)
 
+CARD, OURS = "README.md", b"library_name: jit-on-ray"
+
 
 def run(config: ExportConfig) -> None:
     """Write the artifact of one EMA of a checkpoint.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint.
-        ValueError: it has no such EMA, or the output has an artifact with other weights.
+        ValueError: it has no such EMA, or the output has an artifact with other weights or
+            something else.
         PermissionError: the output cannot be written.
     """
     require(config, "source", "output")
     found = checkpoints.find(config.source)
     check_ema(found, config.ema)
+    check_output(config.output)
     if config.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         print(f"{found.uri}: EMA {config.ema:g} -> {config.output}")
@@ -53,11 +57,32 @@ def run(config: ExportConfig) -> None:
         info = save_artifact(folder, weights, artifact_info(found, config.ema))
         if not config.overwrite:
             check_not_another(config.output, info)
-        (folder / "README.md").write_text(model_card(info), encoding="utf-8")
+        (folder / CARD).write_text(model_card(info), encoding="utf-8")
         storage.publish_folder(folder, config.output, last=CONFIG)
     logger.info(
         "%s: EMA %g of %s after %d images", config.output, config.ema, info.run, info.images_seen
     )
+
+
+def check_output(output: str) -> None:
+    """Refuse a folder that holds anything but an artifact: its files would be mixed or replaced.
+
+    Raises:
+        ValueError: naming what is there.
+    """
+    if not storage.exists(output):
+        return
+    folders, files = storage.list_folder(output)
+    names = [f"{folder}/" for folder in folders] + [file.relative for file in files]
+    strangers = sorted(set(names) - {CONFIG, WEIGHTS, CARD})
+    card = storage.join(output, CARD)
+    if CARD in names and OURS not in storage.read_bytes(card):
+        strangers.append(CARD)
+    if strangers:
+        raise ValueError(
+            f"{output} is no artifact, it holds {', '.join(strangers[:5])}: name a new or empty "
+            "folder with --output"
+        )
 
 
 def check_not_another(output: str, info: ArtifactInfo) -> None:
@@ -70,6 +95,8 @@ def check_not_another(output: str, info: ArtifactInfo) -> None:
     if not storage.exists(path):
         return
     there = storage.read_json(path)
+    if not isinstance(there, dict):
+        there = {}
     if there.get("weights_sha256") == info.weights_sha256:
         return
     raise ValueError(

@@ -266,8 +266,18 @@ def read_bytes(uri: str, first: int = 0, length: int | None = None) -> bytes:
 
 
 def read_json(uri: str) -> Any:
-    """What a JSON file holds."""
-    return json.loads(read_bytes(uri))
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    text = read_bytes(uri)
+    try:
+        return json.loads(text)
+    except ValueError as error:  # of the encoding, too
+        raise ValueError(
+            f"{uri} is damaged, it is no JSON: {error}. Bring it back, or delete what it belongs to"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import yaml
 
 from jitmodel.artifact import load_artifact, read_info
 from jitmodel.pixels import to_pixels
-from pipelines import checkpoints, export, storage
+from pipelines import checkpoints, cli, export, storage
 from pipelines.config import ExportConfig, TrainConfig
 from pipelines.fit import LocalContext, averaged, build, fit
 from tests.pipelines.runs import config_for
@@ -119,3 +119,30 @@ def test_an_artifact_is_replaced_only_by_itself_or_on_request(trained: TrainConf
     assert read_info(tmp_path).ema_decay == 0.5
     assert exported(0.99999, overwrite=True) == 0.99999
     load_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "manifest.json", "metrics.jsonl", "train.py"])
+def test_a_folder_with_other_files_is_left_as_it_is(
+    trained: TrainConfig, tmp_path: Path, name: str
+):
+    (tmp_path / name).write_text("precious")
+
+    with pytest.raises(ValueError, match=f"is no artifact, it holds {name}"):
+        export.run(
+            ExportConfig(source=run_folder(trained), output=str(tmp_path), ema=0.5, overwrite=True)
+        )
+
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["[]", "not json"])
+def test_a_damaged_artifact_is_not_replaced_in_silence(
+    trained: TrainConfig, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "config.json").write_text(text)
+
+    line = ["export", run_folder(trained), "--output", str(tmp_path), "--ema", "0.5"]
+    assert cli.main(line) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == text
