@@ -22,6 +22,7 @@ from jitmodel.config import ClassInfo, Config, FlowConfig, ModelConfig, SamplerC
 from jitmodel.model import JiT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+AGAIN = "Export it again with `jit export RUN --output FOLDER`, or name another artifact."
 
 
 class ArtifactInfo(Config):
@@ -100,8 +101,15 @@ def read_info(folder: Path) -> ArtifactInfo:
         )
     try:
         return ArtifactInfo.model_validate_json(path.read_text("utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not the config of an artifact: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(
+            f"{path} is not the config of an artifact that this version reads: {field}: "
+            f"{first['msg']}. {AGAIN}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, it is no text: {error}. {AGAIN}") from error
 
 
 def check_shapes(found: dict[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
@@ -114,13 +122,15 @@ def check_shapes(found: dict[str, tuple[int, ...]], config: ModelConfig, where: 
         needed = {k: tuple(v.shape) for k, v in JiT(config).state_dict().items()}
     for name in sorted(needed.keys() | found.keys()):
         if name not in found:
-            raise ValueError(f"{where}: tensor {name} of shape {needed[name]} is missing")
+            raise ValueError(f"{where}: tensor {name} of shape {needed[name]} is missing. {AGAIN}")
         if name not in needed:
-            raise ValueError(f"{where}: tensor {name} of shape {found[name]} is not of this model")
+            raise ValueError(
+                f"{where}: tensor {name} of shape {found[name]} is not of this model. {AGAIN}"
+            )
         if needed[name] != found[name]:
             raise ValueError(
                 f"{where}: tensor {name} has shape {found[name]}, "
-                f"but {CONFIG} asks for {needed[name]}"
+                f"but {CONFIG} asks for {needed[name]}. {AGAIN}"
             )
 
 
@@ -137,7 +147,9 @@ def check_artifact(folder: Path) -> ArtifactInfo:
             names = list(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, it is no safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is damaged, it is no safetensors file: {error}. {AGAIN}"
+        ) from error
     check_shapes(shapes, info.model, str(path))
     return info
 
@@ -161,7 +173,7 @@ def load_artifact(
     if verify and info.weights_sha256 and sha256_file(path) != info.weights_sha256:
         raise ValueError(
             f"{path} has sha256 {sha256_file(path)}, but {CONFIG} says {info.weights_sha256}: "
-            "the file is damaged or was replaced. Export it again."
+            f"the file is damaged or was replaced. {AGAIN}"
         )
     with safe_open(path, framework="pt", device=str(device)) as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict

@@ -25,7 +25,10 @@ class ClassIndex:
             ValueError: there are names, but not one for each class.
         """
         if classes and len(classes) != num_classes:
-            raise ValueError(f"the model has {num_classes} classes, but {len(classes)} are named")
+            raise ValueError(
+                f"config.json: the model has {num_classes} classes, but {len(classes)} are named: "
+                "name all of them, or none"
+            )
         self.infos = tuple(classes) or tuple(ClassInfo(name=str(i)) for i in range(num_classes))
         self._labels: dict[str, list[int]] = {}
         for label, info in enumerate(self.infos):

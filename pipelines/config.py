@@ -6,6 +6,10 @@ the preset; the result is frozen. Nothing here imports torch or Ray, so `--help`
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -576,15 +580,47 @@ def parse(prog: str, argv: Sequence[str], config_class: type[ConfigT], default: 
 
     Raises:
         SystemExit: help was asked for (code 0), or an option is unknown (code 2).
-        ValueError: a value is out of bounds.
+        ValueError: a value is out of bounds, or two contradict each other.
     """
-    return tyro.cli(
-        config_class,
-        prog=prog,
-        args=list(argv),
-        default=default,
-        config=(tyro.conf.AvoidSubcommands,),
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                config_class,
+                prog=prog,
+                args=list(argv),
+                default=default,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit:
+        problems = _problems(said.getvalue())
+        if problems:
+            raise ValueError("; ".join(problems)) from None
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _problems(box: str) -> list[str]:
+    """What pydantic found wrong, out of the box in which tyro shows it whole; none if it did not.
+
+    tyro keeps the text of the exception only, so the sentences are taken from there.
+    """
+    text = " ".join(line.strip("│╭╮╰╯─ ") for line in box.splitlines())
+    head = re.search(r"Error parsing (\S+): \d+ validation errors? for \w+ ", text)
+    if head is None:
+        return []
+    section = "" if head[1][0].isupper() else f"{head[1]}."
+    found = re.findall(
+        r"(?:([a-z_.0-9]+) )?([A-Z].*?) \[type=\w+, input_value=(.*?), input_type=\w+\]"
+        r"\s+For further information visit \S+ ?",
+        text[head.end() :],
     )
+    return [
+        f"--{(section + field).replace('_', '-')} {value}: {message.removeprefix('Value error, ')}"
+        if field
+        else message.removeprefix("Value error, ")
+        for field, message, value in found
+    ]
 
 
 def require(config: Config, *fields: str) -> None:

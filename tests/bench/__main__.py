@@ -19,11 +19,11 @@ SUBJECTS = ("model", "prepare", "loader", "fit", "memory", "shuffle", "evaluate"
 
 def main() -> None:
     wanted = sys.argv[1:] or list(SUBJECTS)
+    for subject in set(wanted) - set(SUBJECTS):
+        sys.exit(f"unknown benchmark {subject!r}: choose from {', '.join(SUBJECTS)}")
     folder = Path("bench")
     folder.mkdir(exist_ok=True)
     for subject in wanted:
-        if subject not in SUBJECTS:
-            sys.exit(f"unknown benchmark {subject!r}: choose from {', '.join(SUBJECTS)}")
         result = importlib.import_module(subject).run()  # a neighbour of this file
         result["machine"] = {"processor": processor(), "python": platform.python_version()}
         (folder / f"{subject}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -71,9 +71,17 @@ def run() -> dict:
             lambda: authors_step(x, e, t, y),
         )
     ]
-    store_as_computed(ours.eval(), "bf16")  # as evaluation draws
+    ours.eval()
     theirs.eval()
-    rows.append(compare("guided evaluation", one_batched_pass, both_passes))
+    rows.append(
+        compare("guided evaluation, fp32 weights on both sides", one_batched_pass, both_passes)
+    )
+    store_as_computed(ours, "bf16")
+    rows.append(
+        compare(
+            "guided evaluation, ours in bf16 as evaluation draws", one_batched_pass, both_passes
+        )
+    )
     return {
         "title": f"JiT-B/16 at 256 px, {BATCH} images, bf16 autocast, both compiled, "
         f"{THREADS} threads, median of {ROUNDS} alternating rounds",
