@@ -84,7 +84,10 @@ def run(config: DemoConfig) -> None:
         if command[0] == "serve":
             served = draw_through_http(command, folder)
         elif subprocess.run(argv(command), env=environment(), check=False).returncode:
-            raise StageFailed(f"stopped: `{spell(command)}` failed")
+            raise StageFailed(
+                f"stopped: `{spell(command)}` failed. Mend what it says and run the same line "
+                "again, or start anew with --fresh, which deletes what the demo made."
+            )
         seconds[command[0]] = time.monotonic() - start
     say(STAGES, "look: what does a classifier of real images see in the generated ones?", [])
     start = time.monotonic()
