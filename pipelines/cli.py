@@ -50,6 +50,8 @@ STAGES: dict[str, Stage] = {
     "serve": Stage("artifact -> HTTP", c.ServeConfig, "model", "pipelines.serve:run"),
     "deploy": Stage("artifact -> HTTP on a cluster that runs", c.DeployConfig, "model",
                     "pipelines.deploy:run"),
+    "reproduce": Stage("the command lines behind a table of the paper", c.ReproduceConfig, "table",
+                       "pipelines.reproduce:run"),
     "status": Stage("what lies at a URI, and how far it is", c.StatusConfig, "uri",
                     "pipelines.status:run"),
     "demo": Stage("every stage on two CPU cores, with embedded images", c.DemoConfig, "output",

@@ -323,6 +323,17 @@ class StatusConfig(Config):
     """URI of a folder that a stage wrote, or is writing."""
 
 
+class ReproduceConfig(Config):
+    """The command lines behind a table of the paper."""
+
+    table: str = ""
+    """Name of the table; none lists those that there are."""
+    root: str = "s3://BUCKET"
+    """Where ImageNet's tar lies, and all folders shall be."""
+    workers: PositiveInt = 8
+    """Workers of training."""
+
+
 class ExportConfig(StageConfig):
     """Run folder or checkpoint -> artifact."""
 
