@@ -43,6 +43,7 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
@@ -59,6 +60,12 @@ from pipelines.shards import Manifest
 logger = logging.getLogger(__name__)
 
 META, LATEST, FOLDER = "meta.json", "latest.json", "checkpoints"
+CONFIG = "config.yaml"
+"""Config of a run, written when it begins."""
+NOT_ANOTHER = (
+    "Repeat the options of the first start to continue, choose another --name, or add --fresh to "
+    "start over beside the old run."
+)
 STEP = re.compile(r"step_(\d{8,})")
 """Name of a checkpoint's folder."""
 LEAVE_S = 20.0
@@ -102,6 +109,15 @@ class Meta(Config):
     """Every other file of the folder, with its bytes."""
     versions: dict[str, str]
     """Tools that wrote it."""
+
+
+class Latest(Config):
+    """What latest.json holds."""
+
+    format_version: Literal[1] = 1
+    checkpoint: str
+    """Of the newest complete checkpoint, below the run folder."""
+    images_seen: int
 
 
 class Checkpoint(NamedTuple):
@@ -158,35 +174,54 @@ def check_same(found: Checkpoint, wanted: dict[str, Any]) -> None:
     Raises:
         ValueError: naming every option that differs, with both values.
     """
-    there = found.meta.identity
-    differing = [
-        f"{name} is {there.get(name)!r} there and {wanted.get(name)!r} here"
-        for name in sorted(there.keys() | wanted.keys())
-        if there.get(name) != wanted.get(name)
-    ]
+    differing = _differing(found.meta.identity, wanted)
     if differing:
         raise ValueError(
             f"cannot continue the run at {found.uri} ({found.meta.images_seen} images seen): "
-            f"{'; '.join(differing)}. Repeat the options of the first start to continue, choose "
-            "another --name, or add --fresh to start over beside the old run."
+            f"{differing}. {NOT_ANOTHER}"
         )
 
 
-def check_never_saved(run: str) -> None:
-    """Refuse to begin at image 0 in the folder of a run that was further.
+def _differing(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{name} is {there.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
+    )
+
+
+def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
+    """Refuse to begin at image 0 in the folder of a run that was further, or is another one.
 
     Raises:
         FileNotFoundError: latest.json names a checkpoint, but none is complete.
+        ValueError: a run was begun there with other options, and has saved nothing yet.
     """
     uri = storage.join(run, LATEST)
-    if not storage.exists(uri):
+    if storage.exists(uri):
+        try:
+            latest = Latest.model_validate(storage.read_json(uri))
+        except ValueError as error:
+            raise ValueError(
+                f"{uri} is damaged, and no checkpoint below {run}/{FOLDER} is complete: bring them "
+                "back, choose another --name, or add --fresh to start over beside the old run."
+            ) from error
+        raise FileNotFoundError(
+            f"{uri} names {latest.checkpoint} ({latest.images_seen} images seen), but no "
+            f"checkpoint below {run}/{FOLDER} is complete: bring it back, choose another --name, "
+            "or add --fresh to start over beside the old run."
+        )
+    begun = storage.join(run, CONFIG)
+    if not storage.exists(begun):
         return
-    latest = storage.read_json(uri)
-    raise FileNotFoundError(
-        f"{uri} names {latest['checkpoint']} ({latest['images_seen']} images seen), but no "
-        f"checkpoint below {run}/{FOLDER} is complete: bring it back, choose another --name, or "
-        "add --fresh to start over beside the old run."
-    )
+    there = flat(yaml.safe_load(storage.read_bytes(begun)))
+    chosen = {name: value for name, value in wanted.items() if name in there}
+    differing = _differing({name: there[name] for name in chosen}, chosen)
+    if differing:
+        raise ValueError(
+            f"cannot begin at {run}: a run was begun there that has saved nothing yet, and "
+            f"{differing}. {NOT_ANOTHER}"
+        )
 
 
 def newest(run: str) -> Checkpoint | None:
@@ -345,8 +380,8 @@ def _publish(run: str, step: int, meta: Meta, keep: Callable[[list[int]], set[in
     """Make a stored checkpoint valid, say so in latest.json, and delete what need not stay."""
     name = f"step_{step:08d}"
     storage.write_json(storage.join(run, FOLDER, name, META), meta.model_dump(mode="json"))
-    latest = {"checkpoint": f"{FOLDER}/{name}", "images_seen": meta.images_seen}
-    storage.write_json(storage.join(run, LATEST), latest)
+    latest = Latest(checkpoint=f"{FOLDER}/{name}", images_seen=meta.images_seen)
+    storage.write_json(storage.join(run, LATEST), latest.model_dump())
     stay = keep(list(complete(run))) | {step}
     for folder in _folders(run):
         if int(folder.removeprefix("step_")) not in stay:

@@ -114,11 +114,12 @@ def resume_point(config: TrainConfig, manifest: Manifest) -> Checkpoint | None:
                 f"the dataset at {config.data} has {name} {has}, but model.{name} is {needs}: "
                 f"set --model.{name.replace('_', '-')} {has}, or name another dataset"
             )
+    identity = checkpoints.identity(config, manifest)
     checkpoint = checkpoints.newest(run_uri(config))
     if checkpoint:
-        checkpoints.check_same(checkpoint, checkpoints.identity(config, manifest))
+        checkpoints.check_same(checkpoint, identity)
     else:
-        checkpoints.check_never_saved(run_uri(config))
+        checkpoints.check_never_saved(run_uri(config), identity)
     return checkpoint
 
 

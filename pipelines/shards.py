@@ -193,6 +193,30 @@ def read_manifest(uri: str) -> Manifest:
         ) from error
 
 
+def check_there(uri: str, manifest: Manifest) -> None:
+    """Look whether a dataset's shards are there and whole by their length, before long work.
+
+    Raises:
+        ValueError: naming the first that is not, or there is none.
+    """
+    data = storage.join(uri, "data")
+    files = storage.list_folder(data)[1] if storage.exists(data) else []
+    sizes = {f"data/{entry.relative}": entry.bytes for entry in files}
+    wrong = [info for info in manifest.shards if sizes.get(info.file) != info.bytes]
+    if wrong or not manifest.shards:
+        what = "it names no shards"
+        if wrong:
+            there = sizes.get(wrong[0].file)
+            what = f"it names {wrong[0].file} of {wrong[0].bytes} bytes, which " + (
+                "is not there" if there is None else f"has {there}"
+            )
+            what += f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"the dataset at {uri} does not fit its {MANIFEST}: {what}. Bring the shards back, or "
+            "prepare it anew; `jit prepare --verify` reads all of it."
+        )
+
+
 class Check(NamedTuple):
     """What re-reading a shard found."""
 

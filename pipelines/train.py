@@ -42,7 +42,7 @@ from pipelines.checkpoints import LATEST, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
 from pipelines.fit import early_stop, fit, resume_point, run_uri
 from pipelines.meter import NonFiniteLoss
-from pipelines.shards import Manifest, read_manifest
+from pipelines.shards import Manifest, check_there, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def run(config: TrainConfig) -> None:
     Raises:
         FileNotFoundError: there is no dataset, or no run to go on with.
         ValueError: options that do not fit the dataset, the run so far, or the cluster; a tracker
-            that is not installed.
+            that is not installed; a dataset that lacks shards.
         PermissionError: the storage cannot be written.
         StageFailed: training diverged, a checkpoint could not be stored, or workers failed more
             often than max_failures.
@@ -193,6 +193,7 @@ def run(config: TrainConfig) -> None:
         update={"data": _absolute(config.data), "storage": _absolute(config.storage)}
     )
     manifest, folder = read_manifest(config.data), run_uri(config)
+    check_there(config.data, manifest)
     if not config.dry_run:
         storage.check_writable(folder)
     trackers.check_installed(config)
@@ -209,13 +210,18 @@ def run(config: TrainConfig) -> None:
         print(plan(config, manifest, start))
         return
     if start and start.meta.images_seen >= config.total_images:
+        longer = "raise --total-images to go on, or "
+        if config.optimizer.schedule != "constant":  # a longer run would be another one
+            longer = ""
         logger.info(
-            "%s is finished: it has seen %d of %d images. Export it with `jit export %s`; raise "
-            "--total-images to go on, or add --fresh to start over.",
+            "%s is finished: it has seen %d of %d images. Export it with `jit export %s --ema %g "
+            "--output FOLDER`; %sadd --fresh to start over.",
             folder,
             start.meta.images_seen,
             config.total_images,
             folder,
+            config.optimizer.ema_decays[-1] if config.optimizer.ema_decays else 0,
+            longer,
         )
         return
     if start and (why := early_stop(config)):
@@ -288,7 +294,7 @@ def launch(
     except ray.train.TrainingFailedError as error:
         raise StageFailed(
             f"training of {run_uri(config)} failed: {error}\nThe same line again goes on from the "
-            "newest checkpoint."
+            "newest checkpoint, or begins where there is none."
         ) from error
     finally:
         storage.delete(notes)

@@ -68,6 +68,7 @@ def test_the_run_folder_holds_what_the_design_says(tiny_dataset, tmp_path, caplo
     assert names == ["step_00000008", "step_00000010"]
     assert result.checkpoint == str(run / "checkpoints" / "step_00000010")
     assert json.loads((run / "latest.json").read_text()) == {
+        "format_version": 1,
         "checkpoint": "checkpoints/step_00000010",
         "images_seen": 160,
     }
@@ -166,6 +167,18 @@ def test_a_run_is_not_continued_as_another_one(tiny_dataset, tmp_path, change, m
 
     assert "--fresh" in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_saved_nothing_yet_is_not_begun_again_as_another_one(tiny_dataset, tmp_path):
+    with pytest.raises(Killed):
+        fit(config_for(tiny_dataset, tmp_path), KilledAt(16))
+    before = (tmp_path / "run/config.yaml").read_bytes()
+
+    with pytest.raises(ValueError, match=r"has saved nothing yet, and seed is 0 there and 5 here"):
+        fit(config_for(tiny_dataset, tmp_path, seed=5), LocalContext())
+
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+    assert fit(config_for(tiny_dataset, tmp_path), LocalContext()).images_seen == 160
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_at_image_0(tiny_dataset, tmp_path):

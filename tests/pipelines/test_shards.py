@@ -136,3 +136,19 @@ def test_a_manifest_of_another_version_is_refused(folder: Path) -> None:
     place.write_text(place.read_text().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(ValueError, match=r"manifest\.json is not a manifest that this version"):
         shards.read_manifest(str(folder))
+
+
+@pytest.mark.parametrize("harm", ["cut short", "lost", "no shards"])
+def test_a_dataset_that_lacks_shards_is_told_without_reading_them(folder: Path, harm: str) -> None:
+    manifest = shards.read_manifest(str(folder))
+    shards.check_there(str(folder), manifest)
+    shard = folder / manifest.shards[0].file
+    if harm == "cut short":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif harm == "lost":
+        shard.unlink()
+    else:
+        manifest = manifest.model_copy(update={"shards": []})
+
+    with pytest.raises(ValueError, match=r"does not fit its manifest\.json: it names"):
+        shards.check_there(str(folder), manifest)

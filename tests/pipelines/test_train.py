@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -162,6 +163,11 @@ def test_bad_input_is_refused_before_ray_is_asked(tiny_dataset, tmp_path, monkey
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="cannot write to"):
         train.run(config.model_copy(update={"storage": str(tmp_path / "file")}))
+    (tmp_path / "data").mkdir()
+    shutil.copy(tiny_dataset / "manifest.json", tmp_path / "data")
+    with pytest.raises(ValueError, match=r"does not fit its manifest.json: it names data/train-0"):
+        train.run(config.model_copy(update={"data": str(tmp_path / "data")}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_goes_on_only_where_there_is_a_run(tiny_dataset, tmp_path, monkeypatch):
