@@ -101,18 +101,23 @@ class RayContext:
 
 
 class WholeLanes(ElasticScalingPolicy):
-    """As many workers as there is room for, of the numbers that share lanes and batch evenly."""
+    """As many workers as there is room for, of the numbers that share lanes and batch evenly.
 
-    def __init__(self, scaling_config: Any, numbers: list[int]) -> None:
+    Room for `spare` more is left free: a checkpoint that is judged needs a place, too.
+    """
+
+    def __init__(self, scaling_config: Any, numbers: list[int], spare: int) -> None:
         super().__init__(scaling_config)
-        self.numbers = numbers
+        self.numbers, self.spare = numbers, spare
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         # What is reserved may be on a node that has died since.
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        alive = {node["NodeID"] for node in nodes if node["Alive"]}
+        alive = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
         there = {node: kinds for node, kinds in reserved_resources.items() if node in alive}
-        room = super()._count_possible_workers(there)
+        kind = "GPU" if self.scaling_config.use_gpu else "CPU"
+        places = int(sum(kinds.get(kind, 0) for kinds in alive.values())) - self.spare
+        room = min(super()._count_possible_workers(there), places)
         return max((number for number in self.numbers if number <= room), default=0)
 
 
@@ -123,14 +128,15 @@ class Trainer(ray.train.torch.TorchTrainer):
     workers' places when the trainer itself is killed; in a cluster that a command started for
     itself, without a dashboard, everything ends with that command.
 
-    An elastic run has one of `numbers` of workers at any time.
+    An elastic run has one of `numbers` of workers at any time, and leaves `spare` places free.
     """
 
     numbers: list[int]
+    spare: int
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if len(self.numbers) > 1:
-            parts["scaling_policy"] = WholeLanes(self.scaling_config, self.numbers)
+            parts["scaling_policy"] = WholeLanes(self.scaling_config, self.numbers, self.spare)
         return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -288,7 +294,7 @@ def launch(
         ),
         validation_config=validated(config.validation, use_gpu=use_gpu),
     )
-    trainer.numbers = numbers
+    trainer.numbers, trainer.spare = numbers, int(bool(config.validation.reference))
     try:
         answer: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:

@@ -298,12 +298,20 @@ def test_an_elastic_run_has_only_numbers_of_workers_that_share_evenly(tiny_datas
         world_sizes("2-8", **big)
 
 
-@pytest.mark.parametrize(("room", "expected"), [(9, 8), (8, 8), (7, 4), (3, 2), (1, 0)])
-def test_room_for_seven_workers_is_used_by_four(room: int, expected: int, monkeypatch):
-    nodes = [{"NodeID": "here", "Alive": True}, {"NodeID": "gone", "Alive": False}]
+@pytest.mark.parametrize(
+    ("room", "spare", "expected"),
+    [(9, 0, 8), (8, 0, 8), (7, 0, 4), (3, 0, 2), (1, 0, 0), (9, 1, 8), (8, 1, 4), (2, 1, 0)],
+)
+def test_room_for_seven_workers_is_used_by_four_and_a_judge_keeps_its_place(
+    room: int, spare: int, expected: int, monkeypatch
+):
+    cpus = {"CPU": float(room)}
+    nodes = [
+        {"NodeID": "here", "Alive": True, "Resources": cpus},
+        {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 8.0}},
+    ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     scaling = ray.train.ScalingConfig(num_workers=(2, 8))
-    policy = WholeLanes(scaling, [2, 4, 8])
+    policy = WholeLanes(scaling, [2, 4, 8], spare)
 
-    reserved = {"here": {"CPU": float(room)}, "gone": {"CPU": 8.0}}
-    assert policy._count_possible_workers(reserved) == expected
+    assert policy._count_possible_workers({"here": cpus, "gone": {"CPU": 8.0}}) == expected
