@@ -238,6 +238,14 @@ def newest(run: str) -> Checkpoint | None:
     return None
 
 
+def latest_images(run: str) -> int:
+    """Images seen by the newest checkpoint, as latest.json tells; 0 before the first."""
+    try:
+        return Latest.model_validate(storage.read_json(storage.join(run, LATEST))).images_seen
+    except (OSError, ValueError):
+        return 0
+
+
 def complete(run: str) -> dict[int, str]:
     """URIs of the complete checkpoints of a run by step, oldest first."""
     return {

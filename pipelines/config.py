@@ -213,7 +213,7 @@ class TrainConfig(StageConfig):
     project: str = "jit-on-ray"
     """Project in W&B, experiment in MLflow."""
     max_failures: int = Field(3, ge=0)
-    """Worker failures that a run survives by itself."""
+    """Worker failures in a row, without a new checkpoint between them, that a run survives."""
     start_timeout_s: PositiveFloat = 600.0
     """Longest wait for the workers to be placed."""
     resize_every_s: PositiveFloat = 300.0

@@ -34,10 +34,11 @@ import torch
 import yaml
 from ray._private.worker import get_dashboard_url
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from jitmodel.parallel import tune_cpu
-from pipelines import runtime, storage, trackers, validation
+from pipelines import checkpoints, runtime, storage, trackers, validation
 from pipelines.checkpoints import LATEST, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
 from pipelines.fit import early_stop, fit, resume_point, run_uri
@@ -121,20 +122,44 @@ class WholeLanes(ElasticScalingPolicy):
         return max((number for number in self.numbers if number <= room), default=0)
 
 
+class FailuresInARow(DefaultFailurePolicy):
+    """Ray's count of failed workers, begun again with every new checkpoint of a run.
+
+    Weeks on machines that come and go meet any number of failures; what ends a run is one that
+    comes back before anything was gained.
+    """
+
+    def __init__(self, failure_config: Any, run: str) -> None:
+        super().__init__(failure_config)
+        self.run, self.seen = run, 0
+
+    def make_decision(self, training_failed_error: Any) -> Any:
+        """Whether to start the workers again."""
+        seen = checkpoints.latest_images(self.run)
+        if seen > self.seen:
+            self.seen, self._worker_group_failures = seen, 0
+        return super().make_decision(training_failed_error)
+
+
 class Trainer(ray.train.torch.TorchTrainer):
-    """Ray's trainer, with two changes.
+    """Ray's trainer, with three changes.
 
     The actor that asks the dashboard every second is left out where there is none. It frees the
     workers' places when the trainer itself is killed; in a cluster that a command started for
     itself, without a dashboard, everything ends with that command.
 
     An elastic run has one of `numbers` of workers at any time, and leaves `spare` places free.
+
+    Failures are counted from the newest checkpoint of `run`.
     """
 
     numbers: list[int]
     spare: int
+    run: str
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        failures = self.run_config.failure_config
+        parts["failure_policy"] = FailuresInARow(failures, self.run)
         if len(self.numbers) > 1:
             parts["scaling_policy"] = WholeLanes(self.scaling_config, self.numbers, self.spare)
         return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
@@ -294,7 +319,8 @@ def launch(
         ),
         validation_config=validated(config.validation, use_gpu=use_gpu),
     )
-    trainer.numbers, trainer.spare = numbers, int(bool(config.validation.reference))
+    trainer.run, trainer.numbers = run_uri(config), numbers
+    trainer.spare = int(bool(config.validation.reference))
     try:
         answer: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:

@@ -5,10 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
+import ray.train
 import torch
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig
-from pipelines import checkpoints, fit, train
+from pipelines import checkpoints, fit, storage, train
 from pipelines.config import TrainConfig, load_preset
 
 
@@ -109,6 +112,21 @@ def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     with caplog.at_level("INFO"):
         train.run(whole)
     assert "is finished: it has seen 160 of 160 images" in caplog.text
+
+
+def test_failures_end_a_run_when_nothing_was_gained_between_them(tmp_path):
+    def fails() -> bool:
+        lost = WorkerGroupError("a worker died", {0: RuntimeError("gone")})
+        return policy.make_decision(lost) == FailureDecision.RAISE
+
+    policy = train.FailuresInARow(ray.train.FailureConfig(max_failures=2), str(tmp_path))
+
+    assert [fails(), fails()] == [False, False]
+    for images in (32, 64):
+        latest = checkpoints.Latest(checkpoint="checkpoints/step", images_seen=images)
+        storage.write_json(str(tmp_path / "latest.json"), latest.model_dump())
+        assert [fails(), fails()] == [False, False]
+    assert fails()
 
 
 @pytest.mark.ray
