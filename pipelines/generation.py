@@ -325,6 +325,8 @@ def _labels(request: ImageRequest, config: ServeConfig, classes: ClassIndex) -> 
         if request.prompt:
             raise BadRequest("give prompt or class_labels, not both", "class_labels")
         labels = [given] if isinstance(given, int) else given
+        if not labels:
+            raise BadRequest("class_labels is []: name one class at least", "class_labels")
         for label in labels:
             if not 0 <= label < len(classes.infos):
                 raise BadRequest(

@@ -257,7 +257,7 @@ BAD = [
     ({"class_labels": [0, 1], "n": 3}, "class_labels", "holds 2 classes, but n is 3"),
     ({"class_labels": [0, "x"]}, "class_labels", "class_labels[1] is 'x': it should be a valid"),
     ({"class_labels": "x"}, "class_labels", "class_labels is 'x': it should be a valid integer"),
-    ({"class_labels": []}, "n", "n is 0: this server draws 1 to 8"),
+    ({"class_labels": []}, "class_labels", "class_labels is []: name one class at least"),
     ({"prompt": "tench", "n": 0}, "n", "n is 0: it should be greater than or equal to 1"),
     ({"prompt": "tench", "n": 9}, "n", "n is 9: this server draws 1 to 8"),
     ({"prompt": "tench", "n": 10**9}, "n", "this server draws 1 to 8"),
