@@ -41,6 +41,7 @@ from pipelines.images import SUFFIXES
 from pipelines.index import ImageRef
 from pipelines.labels import (
     IMAGENET,
+    ONE,
     WNID,
     Choice,
     class_list,
@@ -113,6 +114,7 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
         FileNotFoundError: there is nothing.
         ValueError: there are no images, or it is not clear which are meant.
     """
+    one = classes == ONE
     chosen = class_list(classes) if classes else []
     named = label_file(labels) if labels else None
     folder, _, pattern = uri.rpartition("/")
@@ -128,8 +130,8 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
         if len({name.rpartition(".")[2] for name in matching}) > 1:
             raise ValueError(f"{uri} means both Parquet files and tars: choose one kind")
         if matching[0].endswith(".tar"):
-            return _open_tars(root, matching, chosen, named)
-        return ParquetFiles(root, matching, chosen)
+            return _open_tars(root, matching, chosen, named, one)
+        return ParquetFiles(root, matching, chosen, one)
     folders, files = storage.list_folder(uri)
     names: list[str] = []
     if "data" in folders:  # as on the Hub, and as prepared folders are
@@ -147,7 +149,7 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
             raise ValueError(
                 f"{uri} has the splits {named_splits}: choose one, such as --source '{example}'"
             )
-        return ParquetFiles(uri, names, chosen)
+        return ParquetFiles(uri, names, chosen, one)
     archives = [f.relative for f in files if f.relative.endswith(".tar")]
     if archives:
         kinds = {re.sub(r"[-_.]?\d*\.tar$", "", name) for name in archives}
@@ -157,12 +159,12 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
                 "choose some, by a name or by a pattern such as "
                 f"--source '{storage.join(uri, min(kinds))}*.tar'"
             )
-        return _open_tars(uri, archives, chosen, named)
+        return _open_tars(uri, archives, chosen, named, one)
     loose = [f.relative for f in files if f.relative.lower().endswith(SUFFIXES)]
-    if len(chosen) == 1 or (loose and (named or VALIDATION.fullmatch(loose[0]))):
+    if one or (loose and (named or VALIDATION.fullmatch(loose[0]))):
         parts = [Part(name, name) for name in folders if not name.startswith(".")]
         return Files(uri, [Part("", "loose images"), *parts] if loose else parts,
-                     *_labelling(uri, chosen, named))  # fmt: skip
+                     *_labelling(uri, chosen, named, one))  # fmt: skip
     return _folder_tree(uri, folders, chosen, len(loose))
 
 
@@ -175,10 +177,10 @@ def _split(name: str) -> str:
 
 
 def _labelling(
-    uri: str, chosen: Sequence[Choice], named: Mapping[str, str] | None
+    uri: str, chosen: Sequence[Choice], named: Mapping[str, str] | None, one: bool
 ) -> tuple[list[ClassInfo], dict[str, int] | None]:
     """Classes, and labels by image name, of images that lie together; None: all are of class 0."""
-    if len(chosen) == 1:
+    if one:
         return [chosen[0].info], None
     if named is None:
         choices = chosen or class_list(IMAGENET)
@@ -324,7 +326,11 @@ def _tar_key(root: str, name: str, *choices: object) -> str:
 
 
 def _open_tars(
-    root: str, names: Sequence[str], chosen: Sequence[Choice], named: Mapping[str, str] | None
+    root: str,
+    names: Sequence[str],
+    chosen: Sequence[Choice],
+    named: Mapping[str, str] | None,
+    one: bool,
 ) -> Source:
     """Tars, told apart by their names and by how the first one begins.
 
@@ -332,7 +338,7 @@ def _open_tars(
         ValueError: they hold no images, or images without labels.
     """
     names = sorted(names)
-    if _are_classes(names) and len(chosen) != 1:
+    if _are_classes(names) and not one:
         infos, places = _in_order(root, [name.removesuffix(".tar") for name in names], chosen)
         chosen_names = [names[at] for at in places]
         parts = [
@@ -349,19 +355,19 @@ def _open_tars(
         for member in islice(_members(root, flat[0]), PEEK):
             ending = member.name.rpartition(".")[2].lower()
             if ending == "tar":
-                return _tar_of_tars(root, flat, chosen)
+                return _tar_of_tars(root, flat, chosen, one)
             if ending in SAMPLE_LABELS:
-                return WebDataset(root, flat, chosen)
-    if not (named or is_validation or len(chosen) == 1):
+                return WebDataset(root, flat, chosen, one)
+    if not (named or is_validation or one):
         raise ValueError(
             f"{storage.join(root, names[0])} begins with {begin[0]!r} and has no labels: expected "
             "tars inside a tar, one a class; a WebDataset, whose images have .cls or .json beside "
             "them; or give --labels FILE, or --classes one"
         )
-    return Files(root, flat, *_labelling(root, chosen, named))
+    return Files(root, flat, *_labelling(root, chosen, named, one))
 
 
-def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice]) -> Files:
+def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice], one: bool) -> Files:
     """ImageNet's own layout: a tar that holds one tar a class, sorted by class."""
     inner = [
         (posixpath.basename(member.name).removesuffix(".tar"), part, member)
@@ -374,7 +380,6 @@ def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice]) -> 
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"{root} holds two tars of class {twice[0]}")
-    one = len(chosen) == 1
     infos, places = ([], range(len(inner))) if one else _in_order(root, names, chosen)
     parts = []
     for label, at in enumerate(places):
@@ -393,11 +398,11 @@ class WebDataset:
     with a class list it may also be one of the list's keys.
     """
 
-    def __init__(self, root: str, parts: list[Part], chosen: Sequence[Choice]) -> None:
+    def __init__(self, root: str, parts: list[Part], chosen: Sequence[Choice], one: bool) -> None:
         self.root, self.parts = root, parts
         self.classes = [choice.info for choice in chosen]
         self.keys = {choice.key: i for i, choice in enumerate(chosen)}
-        self.one = len(chosen) == 1
+        self.one = one
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """Images of a tar, in its order."""
@@ -471,17 +476,26 @@ class ParquetFiles:
     """Parquet in the Hub's image convention: an image column and a label column.
 
     Column names and class names come from the schema's metadata; without it the columns are
-    `image` and `label`, and classes are called by their number.
+    `image` and `label`, and classes are called by their number. A class list chooses and orders
+    the classes that the schema names, by their names there; where it names none, by number.
 
     Raises:
-        ValueError: a file is no Parquet, or has not these columns, or other class names.
+        ValueError: a file is no Parquet, or has not these columns, or other class names, or not
+            the classes that are listed.
     """
 
-    def __init__(self, uri: str, names: Sequence[str], chosen: Sequence[Choice] = ()) -> None:
+    def __init__(self, uri: str, names: Sequence[str], chosen: Sequence[Choice], one: bool) -> None:
         self.root, self.parts = uri, [Part(name, name) for name in sorted(names)]
-        self.one = len(chosen) == 1
-        self.layout = _hub_layout(uri, self.parts[0].file, self.one)
+        self.one = one
+        self.layout = _hub_layout(uri, self.parts[0].file, one)
         self.classes = [choice.info for choice in chosen] or name_classes(self.layout.names)
+        self.new: dict[int, int] | None = None
+        """The label of each class that is listed, by its label in the files."""
+        if chosen and self.layout.names and not one:
+            known = {choice.info.name: choice.key for choice in chosen}
+            keys = {choice.key for choice in chosen}
+            theirs = [n if n in keys else known.get(n, n) for n in self.layout.names]
+            self.new = {place: i for i, place in enumerate(_in_order(uri, theirs, chosen)[1])}
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """All rows of a file."""
@@ -491,12 +505,21 @@ class ParquetFiles:
                 f"{part.file} and {self.parts[0].file} in {self.root} differ in columns or class "
                 "names: choose files of one dataset"
             )
-        start = 0
+        start = unit = 0
         for group, labels in self._labels(part.file):
+            listed = False
             for row, label in enumerate(labels.tolist()):
-                path = f"{printable(part.file)}#{start + row}"
-                yield ImageRef(path, os.fsencode(part.file), group, row, 0, label, group)
+                path, problem = f"{printable(part.file)}#{start + row}", None
+                if self.new is not None:
+                    if not 0 <= label < len(self.layout.names):
+                        problem = f"label {label} is outside 0..{len(self.layout.names) - 1}"
+                    elif label not in self.new:
+                        continue
+                    label = self.new.get(label, -1)
+                file, listed = os.fsencode(part.file), True
+                yield ImageRef(path, file, group, row, 0, label, unit, problem)
             start += len(labels)
+            unit += listed
 
     def _labels(self, name: str) -> Iterator[tuple[int, NDArray[np.int64]]]:
         uri = storage.join(self.root, name)
@@ -529,8 +552,8 @@ def _hub_layout(root: str, name: str, one: bool) -> HubLayout:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri} is not a Parquet file: {error}") from error
     features = _hub_features(schema, uri)
-    kinds = {f.get("_type"): column for column, f in reversed(features.items())}
-    image, label = kinds.get("Image", "image"), kinds.get("ClassLabel", "label")
+    image = _column(uri, features, "Image", "image")
+    label = "label" if one else _column(uri, features, "ClassLabel", "label")
     if not {image} | (set() if one else {label}) <= set(schema.names):
         raise ValueError(
             f"{uri} has the columns {', '.join(schema.names)}: expected an "
@@ -549,6 +572,21 @@ def _hub_layout(root: str, name: str, one: bool) -> HubLayout:
             "images, alone or as struct<bytes, path>"
         )
     return HubLayout(image, label, tuple(features.get(label, {}).get("names") or ()))
+
+
+def _column(uri: str, features: Mapping[str, Mapping[str, Any]], kind: str, name: str) -> str:
+    """The column of a kind: the one that is called as usual, or the only one.
+
+    Raises:
+        ValueError: there are several, and none is called so.
+    """
+    found = [column for column, feature in features.items() if feature.get("_type") == kind]
+    if len(found) > 1 and name not in found:
+        raise ValueError(
+            f"{uri} has several columns of type {kind}: {', '.join(found)}. Rename the one that is "
+            f"meant to {name!r}, or write a file without the others"
+        )
+    return found[0] if len(found) == 1 else name
 
 
 def _hub_features(schema: pa.Schema, uri: str) -> dict[str, dict[str, Any]]:

@@ -232,6 +232,31 @@ def test_one_class_takes_any_layout(tmp_path: Path, photos: dict[str, bytes]) ->
         assert {label for label, _ in got.values()} == {"image"}, name
 
 
+def test_a_list_of_one_class_chooses_it_and_leaves_the_others(
+    tmp_path: Path, photos: dict[str, bytes]
+) -> None:
+    classes = by_class(photos)
+    wanted = sorted(classes)[1]
+    listed = tmp_path / "classes.txt"
+    listed.write_text(wanted)
+    for path, image in photos.items():
+        storage.write_bytes(str(tmp_path / "tree" / path), image)
+    inner = {f"{wnid}.tar": tar(members) for wnid, members in classes.items()}
+    (tmp_path / "nested.tar").write_bytes(tar(list(inner.items())))
+    for name, content in inner.items():
+        storage.write_bytes(str(tmp_path / "tars" / name), content)
+    for name in ("tree", "nested.tar", "tars"):
+        _, got = found(str(tmp_path / name), tmp_path, classes=str(listed))
+        assert got == {f"{wanted}/{n}": (wanted, image) for n, image in classes[wanted]}, name
+
+    labelled = [(f"{i}.{e}", c) for i, (wnid, members) in enumerate(classes.items())
+                for e, c in (("jpg", members[0][1]), ("cls", wnid.encode()))]  # fmt: skip
+    (tmp_path / "web.tar").write_bytes(tar(labelled))
+    refs, got = found(str(tmp_path / "web.tar"), tmp_path, classes=str(listed))
+    assert [ref.label for ref in refs if ref.problem is None] == [0]
+    assert sum("no number and not in the class list" in str(ref.problem) for ref in refs) == 3
+
+
 def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
     for text in (
         "a.png 0\nb.png 1\n", "a,0\nb,1\n", "x/a.png\t0 more\nx/b.png\t1\n",

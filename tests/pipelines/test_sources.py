@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from io import BytesIO
 from pathlib import Path
@@ -158,6 +159,79 @@ def test_parquet_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     os.link(EMBEDDED / "fashion-mnist-test.parquet", tmp_path / "m" / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet and a\.parquet in .* differ"):
         _listed(open_source(str(tmp_path / "m")), tmp_path)
+
+
+def _hub(path: Path, **columns: list[str] | None) -> Path:
+    """Parquet with the Hub's metadata, one row a class: columns of images (None), or class names.
+
+    Row i has label i in each label column, and in image column k the picture 10 k + i.
+    """
+    features: dict[str, object] = {}
+    arrays = []
+    rows = max(len(names) for names in columns.values() if names)
+    for k, (column, names) in enumerate(columns.items()):
+        if names is None:
+            features[column] = {"_type": "Image"}
+            arrays.append(pa.array([{"bytes": _png(10 * k + i)} for i in range(rows)]))
+        else:
+            features[column] = {"_type": "ClassLabel", "names": names}
+            arrays.append(pa.array(range(rows)))
+    table = pa.table(arrays, names=list(columns))
+    info = json.dumps({"info": {"features": features}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": info}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("listed", "labels"),
+    [
+        ("dog\ncat\nowl", {0: 1, 1: 0, 2: 2}),
+        ("owl\nDog\tdog", {1: 1, 2: 0}),  # by the name that people read, too
+        ("cat", {0: 0}),
+        ("", {0: 0, 1: 1, 2: 2}),
+    ],
+)
+def test_a_class_list_chooses_and_orders_the_classes_of_a_schema_by_name(
+    tmp_path: Path, listed: str, labels: dict[int, int]
+) -> None:
+    place = _hub(tmp_path / "a.parquet", image=None, label=["cat", "dog", "owl"])
+    (tmp_path / "classes").write_text(listed)
+    source = open_source(str(place), str(tmp_path / "classes") if listed else "")
+    refs = _listed(source, tmp_path)
+    assert {ref.first: ref.label for ref in refs} == labels
+    for i, image in read_images(source.root, refs):
+        assert image == _png(refs[i].first)
+
+
+def test_a_listed_class_that_the_schema_does_not_name_is_refused(tmp_path: Path) -> None:
+    place = _hub(tmp_path / "a.parquet", image=None, label=["cat", "dog"])
+    (tmp_path / "classes").write_text("dog\nbird")
+    with pytest.raises(ValueError, match=r"1 of 2 listed classes are not in .*'bird'"):
+        open_source(str(place), str(tmp_path / "classes"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"mask": None, "image": None, "coarse": ["x", "y"], "label": ["a", "b"]}, None),
+        ({"picture": None, "kind": ["a", "b"]}, None),
+        ({"left": None, "right": None, "label": ["a", "b"]}, "columns of type Image: left, right"),
+        ({"image": None, "fine": ["a"], "coarse": ["b"]}, "type ClassLabel: fine, coarse"),
+    ],
+)
+def test_of_several_columns_the_one_that_is_called_as_usual_is_meant(
+    tmp_path: Path, columns: dict[str, list[str] | None], message: str | None
+) -> None:
+    place = _hub(tmp_path / "a.parquet", **columns)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            open_source(str(place))
+        return
+    source = open_source(str(place))
+    assert [c.name for c in source.classes] == ["a", "b"]
+    k = list(columns).index("image" if "image" in columns else "picture")
+    found = dict(read_images(source.root, _listed(source, tmp_path)))
+    assert found == {i: _png(10 * k + i) for i in range(2)}
 
 
 @pytest.mark.parametrize("hub", ['{"info": null}', "[1]", '{"info": {"features": [1]}}', "{}"])
