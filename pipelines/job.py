@@ -8,6 +8,8 @@ how often. The manifest comes last.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,6 +57,8 @@ class Job(Request):
 
     num_images: int
     num_classes: int
+    class_names_sha256: str
+    """Digest of names and wnids: they are in the schema of each shard."""
     source_sha256: str
     """Digest of the list of images."""
     versions: dict[str, str]
@@ -115,13 +119,21 @@ def classes_of(source: sources.Source, index: Index) -> list[ClassInfo]:
     return source.classes or numbered_classes(index)
 
 
+def class_digest(classes: Sequence[ClassInfo]) -> str:
+    """Digest of the names and wnids of classes, in their order."""
+    text = json.dumps([info.model_dump() for info in classes])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def describe(config: PrepareConfig, source: sources.Source, index: Path) -> Job:
     """The job, once the source is listed."""
     listed = Index(index)
+    classes = classes_of(source, listed)
     job = Job(
         **config.model_dump(include=set(Request.model_fields)),
         num_images=len(listed),
-        num_classes=len(classes_of(source, listed)),
+        num_classes=len(classes),
+        class_names_sha256=class_digest(classes),
         source_sha256=shards.sha256(str(index)),
         versions=versions(),
     )
@@ -155,6 +167,7 @@ def refuse_another(output: str, folders: Mapping[int, str], ours: Request) -> No
                 theirs = manifest.config | {
                     "num_images": manifest.num_rows + manifest.num_rejects,
                     "num_classes": len(manifest.classes),
+                    "class_names_sha256": class_digest(manifest.classes),
                     "source_sha256": manifest.source_sha256,
                 }
                 if size and len(folders) > 1 and manifest.image_size == size:

@@ -200,9 +200,10 @@ def test_a_finished_folder_is_left_alone(
     assert {f: f.stat().st_mtime_ns for f in prepared.rglob("*")} == before
 
 
-def _interrupted(tree: Path, output: Path, shards_done: int) -> Job:
+def _interrupted(tree: Path, output: Path, shards_done: int, classes: str = "") -> Job:
     """A folder as a killed run leaves it: some shards published, one half written."""
-    config, source = _config(tree, output), sources.open_source(str(tree))
+    config = _config(tree, output, classes=classes)
+    source = sources.open_source(str(tree), classes)
     index = output.parent / "index.arrow"
     sources.write_index(source, index)
     asked = job.describe(config, source, index)
@@ -269,6 +270,17 @@ def test_going_on_with_another_config_is_refused_with_both_values(
     before = _digests(output)
     with pytest.raises(ValueError, match=message):
         prepare.run(_config(tree, output, **change))
+    assert _digests(output) == before
+
+
+def test_going_on_with_other_class_names_is_refused(tree: Path, tmp_path: Path) -> None:
+    listed, output = tmp_path / "classes", tmp_path / "dataset"
+    listed.write_text("blue\tSky\ngreen\tGras\nred\tBlood")
+    _interrupted(tree, output, 1, classes=str(listed))
+    listed.write_text("blue\tSky\ngreen\tGrass\nred\tBlood")
+    before = _digests(output)
+    with pytest.raises(ValueError, match="was started with class_names_sha256"):
+        prepare.run(_config(tree, output, classes=str(listed)))
     assert _digests(output) == before
 
 
