@@ -21,8 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Endings of file names, in lower case, that are taken for images."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".jpe", ".jfif", ".apng", ".dib")
+"""Endings of names, in lower case, of formats that are decoded."""
+OTHER_SUFFIXES = (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".psd", ".heic", ".heif",
+                  ".avif", ".jp2", ".jxl", ".ico", ".tga")  # fmt: skip
+"""Endings of other images. Content decides, so that what is one of these is named as a reject."""
+IMAGE_SUFFIXES = SUFFIXES + OTHER_SUFFIXES
+"""Endings of what is taken for an image."""
 MAX_PIXELS = 2**30 // 12
 """Most pixels of an image, before and after scaling: 89 million, Pillow's limit."""
 

@@ -269,6 +269,7 @@ def list_tars(output: str, source: sources.Source, index: Path) -> None:
                     kind = {"ValueError": ValueError, "PermissionError": PermissionError}
                     raise kind.get(row["kind"], RuntimeError)(row["error"])
                 count += row["count"]
+                source.skipped.append(Counter(json.loads(row["skipped"])))
                 if pace.is_due():
                     left = pace.seconds / count * (len(missing) - count)
                     logger.info("listed %d of %d tars, %.0f s left", count, len(missing), left)
@@ -291,8 +292,9 @@ def _list_parts_task(
     batch: dict[str, NDArray[Any]], *, source: sources.Source, stop: runtime.Stop
 ) -> dict[str, list[Any]]:
     if stop.is_set():
-        return {"kind": [""], "error": [""], "count": [0]}
+        return {"kind": [""], "error": [""], "count": [0], "skipped": ["{}"]}
     parts = [sources.Part(*json.loads(part)) for part in batch["part"]]
+    source.skipped = []
     kind = error = ""
     try:
         for place, batches in zip(batch["place"], sources.list_parts(source, parts), strict=True):
@@ -303,7 +305,8 @@ def _list_parts_task(
             storage.write_bytes(str(place), sink.getvalue())
     except Exception as failure:
         kind, error = type(failure).__name__, str(failure)
-    return {"kind": [kind], "error": [error], "count": [len(parts)]}
+    skipped = json.dumps(sum(source.skipped, Counter()))
+    return {"kind": [kind], "error": [error], "count": [len(parts)], "skipped": [skipped]}
 
 
 # The shards.

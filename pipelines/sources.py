@@ -25,7 +25,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from jitmodel.config import ClassInfo
 from pipelines import index, storage, tars
-from pipelines.images import SUFFIXES
+from pipelines.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, SUFFIXES
 from pipelines.index import ImageRef
 from pipelines.labels import (
     IMAGENET,
@@ -92,6 +92,8 @@ class Source(Protocol):
     classes: list[ClassInfo]
     """Empty where only the labels in the index tell how many there are: numbered_classes()."""
     parts: list[Part]
+    skipped: list[Counter[str]]
+    """What of the parts that were listed is no image, by ending: filled while they are listed."""
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """Images of a part, sorted; their units count from 0."""
@@ -160,7 +162,7 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
                 f"--source '{storage.join(uri, min(kinds))}*.tar'"
             )
         return _open_tars(uri, archives, chosen, named, one)
-    loose = [f.relative for f in files if f.relative.lower().endswith(SUFFIXES)]
+    loose = [f.relative for f in files if f.relative.lower().endswith(IMAGE_SUFFIXES)]
     if one or (loose and (named or VALIDATION.fullmatch(loose[0]))):
         parts = [Part(name, name) for name in folders if not name.startswith(".")]
         return Files(uri, [Part("", "loose images"), *parts] if loose else parts,
@@ -191,7 +193,7 @@ def _labelling(
     if not chosen and any(WNID.fullmatch(text) for text in texts):
         chosen = class_list(IMAGENET)
     keys = {choice.key: i for i, choice in enumerate(chosen)}
-    found = {posixpath.splitext(n)[0] if n.lower().endswith(SUFFIXES) else n: number(t, keys)
+    found = {posixpath.splitext(n)[0] if n.lower().endswith(IMAGE_SUFFIXES) else n: number(t, keys)
              for n, t in named.items()}  # fmt: skip
     good = {name: label for name, label in found.items() if label is not None}
     if not good:
@@ -257,8 +259,12 @@ class Files:
         parts: list[Part],
         classes: list[ClassInfo],
         labels: dict[str, int] | None = None,
+        *,
+        in_tars: bool = False,
     ) -> None:
         self.root, self.parts, self.classes, self.labels = root, parts, classes, labels
+        self.in_tars = in_tars
+        self.skipped: list[Counter[str]] = []
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """Images of a part: by path in folders, in their own order in tars.
@@ -266,22 +272,23 @@ class Files:
         Raises:
             ValueError: a class has no images, or a tar is damaged.
         """
-        count = 0
-        is_tar = part.file.endswith(".tar")
-        for member, file in self._tar(part) if is_tar else self._folder(part):
+        count, skipped = 0, Counter[str]()
+        listed = self._tar(part, skipped) if self.in_tars else self._folder(part, skipped)
+        for member, file in listed:
             label, problem = self._label(part, member.name), member.problem
             if label is None:
                 label, problem = -1, problem or "it has no label"
-            path = f"{part.name}/{member.name}" if is_tar or part.file else member.name
+            path = f"{part.name}/{member.name}" if part.file else member.name
             first = member.first
             yield ImageRef(printable(path), file, -1, first, member.length, label, count, problem)
             count += 1
         if not count and part.label is not None:
-            kind = "tar" if is_tar else "folder"
+            kind = "tar" if self.in_tars else "folder"
             raise ValueError(
                 f"class {kind} {storage.join(self.root, part.name)} has no images "
                 f"({', '.join(SUFFIXES)}): fill it, or remove it so that the class does not exist"
             )
+        self.skipped.append(skipped)
 
     def _label(self, part: Part, name: str) -> int | None:
         if part.label is not None:
@@ -291,24 +298,32 @@ class Files:
         base = posixpath.basename(name)
         return self.labels.get(base, self.labels.get(posixpath.splitext(base)[0]))
 
-    def _folder(self, part: Part) -> Iterator[tuple[tars.Member, bytes]]:
+    def _folder(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[tars.Member, bytes]]:
         if part.file:
-            found = storage.list_files(storage.join(self.root, part.file), suffixes=SUFFIXES)
+            found = storage.list_files(storage.join(self.root, part.file))
         else:
-            _, every = storage.list_folder(self.root)
-            found = [e for e in every if e.relative.lower().endswith(SUFFIXES)]
+            _, found = storage.list_folder(self.root)
         for e in found:
-            place = f"{part.file}/{e.relative}" if part.file else e.relative
-            yield tars.Member(e.relative, -1, e.bytes, None), os.fsencode(place)
+            if _is_image(e.relative, skipped):
+                place = f"{part.file}/{e.relative}" if part.file else e.relative
+                yield tars.Member(e.relative, -1, e.bytes, None), os.fsencode(place)
 
-    def _tar(self, part: Part) -> Iterator[tuple[tars.Member, bytes]]:
-        found = [m for m in _members(self.root, part) if m.name.lower().endswith(SUFFIXES)]
+    def _tar(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[tars.Member, bytes]]:
+        found = [m for m in _members(self.root, part) if _is_image(m.name, skipped)]
         last = {member.name: i for i, member in enumerate(found)}
         for i, member in enumerate(found):
             if last[member.name] != i:
                 text = "a later file of the archive has the same name"
                 member = member._replace(problem=member.problem or text)
             yield member, os.fsencode(part.file)
+
+
+def _is_image(name: str, skipped: Counter[str]) -> bool:
+    """Whether a name is that of an image; counts the endings of those that are not."""
+    if name.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    skipped[posixpath.splitext(name)[1].lower() or "without ending"] += 1
+    return False
 
 
 def _members(root: str, part: Part) -> Iterator[tars.Member]:
@@ -345,7 +360,7 @@ def _open_tars(
             Part(name, name.removesuffix(".tar"), i, key=_tar_key(root, name, chosen))
             for i, name in enumerate(chosen_names)
         ]
-        return Files(root, parts, infos)
+        return Files(root, parts, infos, in_tars=True)
     flat = [Part(name, name, key=_tar_key(root, name, chosen, named)) for name in names]
     begin = [posixpath.basename(m.name) for m in islice(_members(root, flat[0]), 1)]
     if not begin:
@@ -364,7 +379,7 @@ def _open_tars(
             "tars inside a tar, one a class; a WebDataset, whose images have .cls or .json beside "
             "them; or give --labels FILE, or --classes one"
         )
-    return Files(root, flat, *_labelling(root, chosen, named, one))
+    return Files(root, flat, *_labelling(root, chosen, named, one), in_tars=True)
 
 
 def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice], one: bool) -> Files:
@@ -388,18 +403,20 @@ def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice], one
         parts.append(
             Part(part.file, name, 0 if one else label, member.first, member.length, key=key)
         )
-    return Files(root, parts, [chosen[0].info] if one else infos)
+    return Files(root, parts, [chosen[0].info] if one else infos, in_tars=True)
 
 
 class WebDataset:
     """Tars in which an image and its label lie side by side, under one name with two endings.
 
     The label is a number in NAME.cls, or in NAME.json under "label", "cls", "class" or "class_id";
-    with a class list it may also be one of the list's keys.
+    with a class list it may also be one of the list's keys. NAME.jpg goes before NAME.depth.jpg; of
+    several images that are equally near, none is taken.
     """
 
     def __init__(self, root: str, parts: list[Part], chosen: Sequence[Choice], one: bool) -> None:
         self.root, self.parts = root, parts
+        self.skipped: list[Counter[str]] = []
         self.classes = [choice.info for choice in chosen]
         self.keys = {choice.key: i for i, choice in enumerate(chosen)}
         self.one = one
@@ -410,11 +427,12 @@ class WebDataset:
             seen: set[str] = set()
             sample: dict[str, tars.Member] = {}
             last, count = "", 0
-            for member in [*tars.members(ranges), None]:
+            for member in chain(tars.members(ranges), [None]):
                 folder, _, base = member.name.rpartition("/") if member else ("", "", "")
                 name, _, ending = base.partition(".")
                 name = f"{folder}/{name}" if folder else name
-                if (member is None or name != last) and sample:
+                ending = ending.lower()
+                if sample and (member is None or name != last or ending in sample):
                     for ref in self._refs(ranges, part, last, sample, count, last in seen):
                         yield ref
                         count += 1
@@ -422,7 +440,7 @@ class WebDataset:
                     sample = {}
                 if member:
                     last = name
-                    sample[ending.lower()] = member
+                    sample[ending] = member
 
     def _refs(
         self,
@@ -433,17 +451,18 @@ class WebDataset:
         unit: int,
         is_double: bool,
     ) -> Iterator[ImageRef]:
-        found = sorted(ending for ending in sample if f".{ending}".endswith(SUFFIXES))
+        found = _image_endings(sample)
         if not found:
             return
-        member = sample[found[0]]
-        label, problem = self._label(ranges, sample)
-        problem = member.problem or problem
+        label, wrong = self._label(ranges, sample)
         if is_double:
-            problem = "an earlier sample of the archive has the same name"
-        path = printable(f"{part.name}/{name}.{found[0]}")
-        file = os.fsencode(part.file)
-        yield ImageRef(path, file, -1, member.first, member.length, label, unit, problem)
+            wrong = "an earlier sample of the archive has the same name"
+        elif len(found) > 1:
+            wrong = f"it is one of several images of its name: {', '.join(found)}"
+        for i, ending in enumerate(found):
+            path, member = printable(f"{part.name}/{name}.{ending}"), sample[ending]
+            problem, file = member.problem or wrong, os.fsencode(part.file)
+            yield ImageRef(path, file, -1, member.first, member.length, label, unit + i, problem)
 
     def _label(
         self, ranges: storage.Ranges, sample: Mapping[str, tars.Member]
@@ -472,6 +491,19 @@ class WebDataset:
         return label, None
 
 
+def _image_endings(sample: Iterable[str]) -> list[str]:
+    """Those of a sample's endings that are its image, such as jpg; several if that is not clear.
+
+    Whole endings go before longer ones (depth.jpg), formats that are decoded before others.
+    """
+    for suffixes in (SUFFIXES, OTHER_SUFFIXES):
+        images = sorted(ending for ending in sample if f".{ending}".endswith(suffixes))
+        found = [ending for ending in images if f".{ending}" in suffixes] or images
+        if found:
+            return found
+    return []
+
+
 class ParquetFiles:
     """Parquet in the Hub's image convention: an image column and a label column.
 
@@ -487,6 +519,7 @@ class ParquetFiles:
     def __init__(self, uri: str, names: Sequence[str], chosen: Sequence[Choice], one: bool) -> None:
         self.root, self.parts = uri, [Part(name, name) for name in sorted(names)]
         self.one = one
+        self.skipped: list[Counter[str]] = []
         self.layout = _hub_layout(uri, self.parts[0].file, one)
         self.classes = [choice.info for choice in chosen] or name_classes(self.layout.names)
         self.new: dict[int, int] | None = None
@@ -643,6 +676,12 @@ def write_index(
         ValueError: the source has no images, or one of its classes has none.
     """
     count = index.write(path, list_parts(source, source.parts) if listed is None else listed)
+    skipped = sum(source.skipped, Counter())
+    if skipped:
+        logger.warning(
+            "%s: left out %d files that are no images by their names: %s", source.root,
+            skipped.total(), ", ".join(f"{n} {ending}" for ending, n in skipped.most_common(10)),
+        )  # fmt: skip
     if not count:
         raise ValueError(f"no images in {source.root}")
     return count

@@ -189,6 +189,47 @@ def test_webdataset_tars_bring_labels_in_cls_and_json(
     assert got["train-000.tar/00/y.png"] == ("goldfish", b)
 
 
+def test_a_sample_of_a_webdataset_has_one_image_and_nothing_is_lost(tmp_path: Path) -> None:
+    members = [
+        ("x.jpg", b"x"), ("x.depth.png", b"depth"), ("x.cls", b"0"),
+        ("y.depth.png", b"depth"), ("y.JPG", b"y"), ("y.cls", b"0"),
+        ("twice.jpg", b"1"), ("twice.cls", b"0"), ("twice.jpg", b"2"), ("twice.cls", b"1"),
+        ("two.jpg", b"1"), ("two.png", b"2"), ("two.cls", b"0"),
+        ("only.seg.png", b"seg"), ("only.cls", b"0"),
+        ("other.tif", b"tif"), ("other.seg.png", b"seg"), ("other.cls", b"0"),
+        ("both.jpg", b"both"), ("both.pgm", b"depth"), ("both.cls", b"0"),
+    ]  # fmt: skip
+    (tmp_path / "web.tar").write_bytes(tar(members))
+    refs, _ = found(str(tmp_path / "web.tar"), tmp_path)
+    contents = dict(read_images(str(tmp_path), refs))
+    several = "it is one of several images of its name: jpg, png"
+    assert [(ref.path.partition("/")[2], contents[i]) for i, ref in enumerate(refs)] == [
+        ("x.jpg", b"x"), ("y.jpg", b"y"), ("twice.jpg", b"1"),
+        ("twice.jpg", "an earlier sample of the archive has the same name"),
+        ("two.jpg", several), ("two.png", several), ("only.seg.png", b"seg"),
+        ("other.seg.png", b"seg"), ("both.jpg", b"both"),
+    ]  # fmt: skip
+    assert [ref.unit for ref in refs] == list(range(9))
+
+
+def test_what_is_named_like_an_image_is_judged_and_the_rest_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["1.jpg", "2.TIF", "3.ppm", "4.jfif", "5.psd", "6.heic", "7", "8.txt", "9.txt"]
+    for name in names:
+        storage.write_bytes(str(tmp_path / "tree" / "cat" / name), name.encode())
+    inner = tar([(name, name.encode()) for name in names])
+    (tmp_path / "x.tar").write_bytes(tar([("cat.tar", inner), ("dog.tar", inner)]))
+    for uri, count in (("tree", 1), ("x.tar", 2)):
+        caplog.clear()
+        refs, _ = found(str(tmp_path / uri), tmp_path)
+        assert [ref.path for ref in refs] == [
+            f"{animal}/{name}" for animal in ["cat", "dog"][:count] for name in names[:6]
+        ]
+        assert f"{3 * count} files that are no images by their names: {2 * count} .txt, " \
+            f"{count} without ending" in caplog.text  # fmt: skip
+
+
 def test_a_class_list_orders_names_and_chooses(tmp_path: Path) -> None:
     for i, name in enumerate(["n01440764", "n01443537", "zebra", "dog"]):
         storage.write_bytes(str(tmp_path / "tree" / name / "1.png"), bytes([i]))
