@@ -56,6 +56,10 @@ def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, int) else value
 
 
+Side = Annotated[int, Field(gt=0, le=2048)]
+"""Of an image, in pixels: a worker encodes it in memory."""
+
+
 class PrepareConfig(StageConfig):
     """Raw images -> dataset folder."""
 
@@ -72,7 +76,7 @@ class PrepareConfig(StageConfig):
     """URI of the dataset folder to write."""
     verify: str = ""
     """URI of a dataset folder to re-read and check, instead of preparing one."""
-    image_size: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] = (256,)
+    image_size: Annotated[tuple[Side, ...], BeforeValidator(_as_tuple)] = (256,)
     """Side of the square images, in pixels (ADM centre crop). Several sizes are made in one pass,
     in OUTPUT/256 and OUTPUT/512."""
     encoding: Encoding = "webp"
@@ -80,7 +84,8 @@ class PrepareConfig(StageConfig):
     rows_per_shard: PositiveInt = 1024
     """Images in a shard; the last one may hold fewer."""
     rows_per_group: PositiveInt = 64
-    """Images in a Parquet row group: the unit that training reads."""
+    """Images in a Parquet row group, the unit that training reads; fewer where they would exceed
+    64 MiB."""
     seed: int = Field(0, ge=0)
     """Seed of the permutation that deals images to shards."""
     max_reject_fraction: float = Field(0.001, ge=0, le=1)

@@ -18,7 +18,7 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".jpe", ".jfif", ".apng", ".dib")
@@ -29,7 +29,14 @@ OTHER_SUFFIXES = (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".psd", ".hei
 IMAGE_SUFFIXES = SUFFIXES + OTHER_SUFFIXES
 """Endings of what is taken for an image."""
 MAX_PIXELS = 2**30 // 12
-"""Most pixels of an image, before and after scaling: 89 million, Pillow's limit."""
+"""Most pixels of an image: 89 million, Pillow's limit."""
+MAX_IMAGE_BYTES = 2**26
+"""Most bytes of an encoded image, of which workers hold two."""
+MAX_DECODE_BYTES = 640_000_000
+"""Most memory that decoding an image may take, or scaling it: enough for a plain RGB JPEG or PNG of
+MAX_PIXELS, which takes 7 bytes a pixel when it is halved."""
+WEBP_COST = 17
+"""Bytes a pixel that Pillow takes to decode WebP (measured): canvases, their copy, the image."""
 
 # On 50 ImageNet photographs at 256 pixels, one core, images/s: PNG level 1: 119 kB, 197 written,
 # 520 read; level 6: 112 kB, 62 written, 580 read. WebP effort 0, method 0: 95 kB, 384 written,
@@ -51,11 +58,19 @@ def decode(image: bytes) -> Image.Image:
     """
     if not image:
         raise BadImage("empty file")
+    refuse_bytes(len(image))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow has one for each odd image
             with Image.open(BytesIO(image), formats=FORMATS) as opened:
-                _check_size(opened.width, opened.height)
+                width, height = opened.size
+                if width * height > MAX_PIXELS:
+                    raise BadImage(f"{width} x {height} is more than {MAX_PIXELS} pixels")
+                need = width * height * _decode_cost(opened, image)
+                _check_memory(need, f"decoding {width} x {height} pixels of {opened.format}")
+                if opened.mode == "RGB" and opened.format != "WEBP":  # whose decoder is as large
+                    opened.load()
+                    return opened  # convert() would copy it
                 return opened.convert("RGB")
     except BadImage:
         raise
@@ -66,6 +81,33 @@ def decode(image: bytes) -> Image.Image:
     except Exception as error:  # decoders of hostile bytes raise whatever they run into
         text = re.sub(r" at 0x[0-9a-f]+", "", str(error))
         raise BadImage(f"{type(error).__name__}: {text}") from error
+
+
+def refuse_bytes(length: int) -> None:
+    """Check that an encoded image is not too long to be held.
+
+    Raises:
+        BadImage: it is.
+    """
+    if length > MAX_IMAGE_BYTES:
+        raise BadImage(f"a file of {length} bytes, more than the {MAX_IMAGE_BYTES} of an image")
+
+
+def _decode_cost(opened: ImageFile.ImageFile, image: bytes) -> int:
+    """Most bytes a pixel that are held until the image is RGB, with Pillow's 4 for that."""
+    if opened.format == "WEBP":
+        return WEBP_COST
+    own = 1 if opened.mode in ("1", "L", "P") else 2 if opened.mode.startswith("I;16") else 4
+    convert = 0 if opened.mode == "RGB" else 4
+    bands = len(opened.getbands())
+    is_kept = False
+    if opened.format in ("JPEG", "MPO"):
+        # Scans that hold not all bands, or not all bits, are kept as coefficients until the last.
+        scan = b"\xff\xda" + (6 + 2 * bands).to_bytes(2, "big") + bytes([bands])
+        assert opened.fp is not None
+        begin = opened.fp.tell() - 8 - 2 * bands
+        is_kept = "progressive" in opened.info or not image.startswith(scan, max(begin, 0))
+    return own + max(convert, 2 * bands if is_kept else 0)
 
 
 def adm_crop(img: Image.Image, size: int) -> Image.Image:
@@ -79,13 +121,18 @@ def adm_crop(img: Image.Image, size: int) -> Image.Image:
         BadImage: so long and thin that scaling its short side would take gigabytes.
     """
     while min(img.size) >= 2 * size:
-        img = img.resize((img.width // 2, img.height // 2), resample=Image.Resampling.BOX)
+        img = _scaled(img, img.width // 2, img.height // 2, Image.Resampling.BOX)
     scale = size / min(img.size)
     width, height = round(img.width * scale), round(img.height * scale)
-    _check_size(width, height)
-    img = img.resize((width, height), resample=Image.Resampling.BICUBIC)
+    img = _scaled(img, width, height, Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return img.crop((left, top, left + size, top + size))
+
+
+def _scaled(img: Image.Image, width: int, height: int, kind: Image.Resampling) -> Image.Image:
+    held = img.height * (img.width + width) + width * height  # Pillow scales rows, then columns
+    _check_memory(4 * held, f"scaling {img.width} x {img.height} pixels to {width} x {height}")
+    return img.resize((width, height), resample=kind)
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -130,6 +177,6 @@ def _ppm_header(width: int, height: int) -> bytes:
     return f"P6\n{width} {height}\n255\n".encode()
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} is more than {MAX_PIXELS} pixels")
+def _check_memory(need: int, what: str) -> None:
+    if need > MAX_DECODE_BYTES:
+        raise BadImage(f"{what} would take {need} bytes of memory, more than {MAX_DECODE_BYTES}")

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -278,36 +279,45 @@ def write_shard(
     ids = ids_of_shard(place, number, rows_per_shard=job.rows_per_shard, seed=job.seed)
     refs = Index(place).refs(ids)
 
-    rows: dict[int, dict[int, Row]] = {size: {} for size in folders}
-    rejects: dict[int, list[Reject]] = {size: [] for size in folders}
-    for i, image in sources.read_images(root, refs):
-        ref, id_ = refs[i], int(ids[i])
-        for size, pixels in zip(
-            folders, crops(image, ref.label, len(classes), folders), strict=True
-        ):
-            if isinstance(pixels, images.BadImage):
-                rejects[size].append(Reject(id_, ref.path, str(pixels)))
-            else:
-                row = Row(images.encode(pixels, job.encoding), ref.path, ref.label, id_)
-                rows[size][i] = row
-
     name = shards.shard_name(number, job.num_shards)
     found = []
-    for size, folder in folders.items():
-        kept = [rows[size].pop(i) for i in sorted(rows[size])]
-        with storage.staged(storage.join(folder, name)) as temporary:
-            info = shards.write_shard(temporary, kept, classes, rows_per_group=job.rows_per_group)
-        found.append(
-            SizeEntry(
-                info=info.model_copy(update={"file": name}),
-                labels=Counter(row.label for row in kept),
-                rejects=sorted(rejects[size]),
+    # On a disk meanwhile: they come in the order that is cheapest to read, and may be large.
+    with tempfile.TemporaryFile(prefix="jit-") as kept:
+        places: dict[int, dict[int, tuple[int, int]]] = {size: {} for size in folders}
+        rejects: dict[int, list[Reject]] = {size: [] for size in folders}
+        for i, image in sources.read_images(root, refs):
+            cropped = crops(image, refs[i].label, len(classes), folders)
+            for size, pixels in zip(folders, cropped, strict=True):
+                if isinstance(pixels, images.BadImage):
+                    rejects[size].append(Reject(int(ids[i]), refs[i].path, str(pixels)))
+                else:
+                    places[size][i] = (kept.tell(), kept.write(images.encode(pixels, job.encoding)))
+        for size, folder in folders.items():
+            rows = (
+                Row(_piece(kept, *places[size][i]), refs[i].path, refs[i].label, int(ids[i]))
+                for i in sorted(places[size])
             )
-        )
+            with storage.staged(storage.join(folder, name)) as temporary:
+                info = shards.write_shard(
+                    temporary, rows, classes, rows_per_group=job.rows_per_group
+                )
+            found.append(
+                SizeEntry(
+                    info=info.model_copy(update={"file": name}),
+                    labels=Counter(refs[i].label for i in places[size]),
+                    rejects=sorted(rejects[size]),
+                )
+            )
+    pa.default_memory_pool().release_unused()  # or the last row groups would stay
     entry = ShardEntry(sizes=found)
     text = entry.model_dump_json().encode()
     storage.write_bytes(_entry_place(output_of(folders), number), text)
     return entry
+
+
+def _piece(file: IO[bytes], first: int, length: int) -> bytes:
+    file.seek(first)
+    return file.read(length)
 
 
 def crops(

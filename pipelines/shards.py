@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -30,6 +30,8 @@ MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 READERS = 8
 """Shards that verification reads at once."""
+GROUP_BYTES = 2**26
+"""Most bytes of images in a row group, which writers and readers hold as a whole."""
 
 
 class Row(NamedTuple):
@@ -107,9 +109,11 @@ def shard_name(index: int, count: int) -> str:
 
 
 def write_shard(
-    path: Path, rows: Sequence[Row], classes: Sequence[ClassInfo], *, rows_per_group: int
+    path: Path, rows: Iterable[Row], classes: Sequence[ClassInfo], *, rows_per_group: int
 ) -> ShardInfo:
     """Write rows as one Parquet file, and read back what a reader relies on.
+
+    One row group is held at a time: `rows` may read images from where they are kept.
 
     The bytes are a function of the arguments and of pyarrow's version. Nothing is compressed:
     images are, and training reads them faster so.
@@ -118,30 +122,45 @@ def write_shard(
         path: local file to write.
         rows: images in the order in which they shall be stored; may be none.
         classes: names of the labels.
-        rows_per_group: rows of a row group; the last one may hold fewer.
+        rows_per_group: rows of a row group; the last one may hold fewer, and one of images that
+            are large ends before it exceeds GROUP_BYTES.
 
     Returns:
         The shard's entry in the manifest; `file` is the bare name of `path`.
     """
-    columns = schema(classes)
-    groups = [rows[i : i + rows_per_group] for i in range(0, len(rows), rows_per_group)]
+    columns, counts = schema(classes), []
     with pq.ParquetWriter(
         path, columns, compression="none", use_dictionary=False, write_statistics=["label", "id"]
     ) as writer:
-        for group in groups:
+        for group in _groups(rows, rows_per_group):
             images = [{"bytes": row.image, "path": row.path} for row in group]
             labels, ids = [row.label for row in group], [row.id for row in group]
             writer.write_table(pa.table([images, labels, ids], schema=columns))
+            counts.append(len(group))
+            del images
     info = ShardInfo(
         file=path.name,
-        rows=len(rows),
+        rows=sum(counts),
         bytes=path.stat().st_size,
         sha256=sha256(str(path)),
-        row_groups=[len(group) for group in groups],
+        row_groups=counts,
     )
     problems = check_shard(str(path), info, classes, digest=info.sha256).problems
     assert not problems, problems
     return info
+
+
+def _groups(rows: Iterable[Row], rows_per_group: int) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    held = 0
+    for row in rows:
+        if group and (len(group) == rows_per_group or held + len(row.image) > GROUP_BYTES):
+            yield group
+            group, held = [], 0
+        group.append(row)
+        held += len(row.image)
+    if group:
+        yield group
 
 
 def rejects_table(rejects: Sequence[Reject]) -> bytes:

@@ -22,8 +22,9 @@ import logging
 import os
 import posixpath
 import re
+import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 
 from jitmodel.config import ClassInfo
 from pipelines import index, storage, tars
-from pipelines.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, SUFFIXES
+from pipelines.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, SUFFIXES, BadImage, refuse_bytes
 from pipelines.index import ImageRef
 from pipelines.labels import (
     IMAGENET,
@@ -53,8 +54,10 @@ from pipelines.labels import (
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 32
-"""Images that are fetched at once from a store that is not local."""
+READ_AHEAD, READ_AHEAD_BYTES = 32, 2**25
+"""Images that are fetched at once from a store that is not local, and most bytes of several."""
+BUFFER_BYTES = 2**23
+"""What is read at once of a column of a Parquet file; without it, all of a row group is."""
 LISTERS = 16
 """Parts that one process lists at once."""
 PEEK = 64
@@ -647,18 +650,35 @@ def list_parts(source: Source, parts: Sequence[Part]) -> Iterator[list[pa.Record
         yield from ahead(pool, functools.partial(list_part, source), parts, LISTERS)
 
 
-def ahead(pool: ThreadPoolExecutor, call: Any, items: Iterable[Any], depth: int) -> Iterator[Any]:
-    """call(item) for each item, in their order; at most `depth` are begun and not yet taken."""
-    waiting: deque[Future[Any]] = deque()
+def ahead(
+    pool: ThreadPoolExecutor,
+    call: Any,
+    items: Iterable[Any],
+    depth: int,
+    weigh: Callable[[Any], int] = lambda _: 0,
+    most: int = 0,
+) -> Iterator[Any]:
+    """call(item) for each item, in their order, some begun before they are taken.
+
+    Args:
+        pool: who calls.
+        call: what to call.
+        items: with what.
+        depth: most items that are begun and not yet taken.
+        weigh: what an item weighs.
+        most: most weight of several items that are begun and not yet taken.
+    """
+    waiting: deque[tuple[Future[Any], int]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) >= depth:
-                yield waiting.popleft().result()
+            weight = weigh(item)
+            while waiting and (len(waiting) >= depth or sum(w for _, w in waiting) + weight > most):
+                yield waiting.popleft()[0].result()
+            waiting.append((pool.submit(call, item), weight))
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     finally:
-        for future in waiting:
+        for future, _ in waiting:
             future.cancel()
 
 
@@ -713,7 +733,10 @@ def read_images(root: str, refs: Sequence[ImageRef]) -> Iterator[tuple[int, byte
         yield from ((i, _read_range(root, refs[i])) for i in whole)
     elif whole:
         with ThreadPoolExecutor(READ_AHEAD) as pool:
-            found = ahead(pool, lambda i: _read_range(root, refs[i]), whole, READ_AHEAD)
+            found = ahead(
+                pool, lambda i: _read_range(root, refs[i]), whole, READ_AHEAD,
+                lambda i: refs[i].length, READ_AHEAD_BYTES,
+            )  # fmt: skip
             yield from zip(whole, found, strict=True)
     for (file, group), positions in sorted(groups.items()):
         rows = {refs[i].first: i for i in positions}
@@ -724,9 +747,12 @@ def read_images(root: str, refs: Sequence[ImageRef]) -> Iterator[tuple[int, byte
 def _read_range(root: str, ref: ImageRef) -> bytes | str:
     uri = storage.join(root, os.fsdecode(ref.file))
     try:
+        refuse_bytes(ref.length)
         if ref.first < 0:
             return storage.read_bytes(uri)
         return storage.read_bytes(uri, ref.first, ref.length) if ref.length else b""
+    except BadImage as error:
+        return str(error)
     except (FileNotFoundError, storage.ShortRead) as error:  # it has changed since it was listed
         return f"unreadable: {error.strerror}"
     except OSError as error:
@@ -736,24 +762,43 @@ def _read_range(root: str, ref: ImageRef) -> bytes | str:
 
 
 def _read_rows(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, bytes | str]]:
+    """Images of a row group, by way of a disk: its pages are as large as their writer chose.
+
+    Ours and the Hub's put up to 1,024 rows into a page, of which two copies are held.
+    """
     folder, _, name = uri.rpartition("/")
     column = _hub_layout(folder, name, one=True).image
-    left = set(rows)
-    with storage.honest_errors(uri), storage.open_input(uri) as source:
-        file = pq.ParquetFile(source)
-        is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
-        columns = [f"{column}.bytes" if is_struct else column]
-        start = 0
-        try:
-            for batch in file.iter_batches(64, row_groups=[group], columns=columns):
-                values = batch[0].field("bytes") if is_struct else batch[0]
-                for row in sorted(left.intersection(range(start, start + len(values)))):
-                    image = values[row - start].as_py()
-                    yield row, "the image column holds no bytes" if image is None else image
-                start += len(values)
-                left.difference_update(range(start))
-        except (OSError, pa.ArrowException) as error:
-            if storage.local_path(uri) is None:
-                raise  # pyarrow has one kind of error for damage and for a store that fails
-            why = " ".join(str(error).split())
-            yield from ((row, f"its row group is damaged: {why}") for row in sorted(left))
+    left, reasons = set(rows), dict[int, str]()
+    with tempfile.TemporaryFile(prefix="jit-") as kept:
+        places = []
+        with storage.honest_errors(uri), storage.open_input(uri) as source:
+            file = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
+            columns = [f"{column}.bytes" if is_struct else column]
+            start = 0
+            try:
+                for batch in file.iter_batches(16, row_groups=[group], columns=columns):
+                    values = batch[0].field("bytes") if is_struct else batch[0]
+                    for row in sorted(left.intersection(range(start, start + len(values)))):
+                        if values[row - start].is_valid:
+                            image = values[row - start].as_buffer()
+                            places.append((row, kept.tell(), kept.write(image)))
+                        else:
+                            reasons[row] = "the image column holds no bytes"
+                    start += len(values)
+                    left.difference_update(range(start))
+            except (OSError, pa.ArrowException) as error:
+                if storage.local_path(uri) is None:
+                    raise  # pyarrow has one kind of error for damage and for a store that fails
+                why = " ".join(str(error).split())
+                reasons |= dict.fromkeys(left, f"its row group is damaged: {why}")
+        pa.default_memory_pool().release_unused()  # or the pages would stay beside the images
+        yield from reasons.items()
+        for row, first, length in places:
+            try:
+                refuse_bytes(length)
+            except BadImage as error:
+                yield row, str(error)
+                continue
+            kept.seek(first)
+            yield row, kept.read(length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import images
 from pipelines.images import BadImage, adm_crop, decode, decode_pixels, encode
 
 
@@ -138,6 +141,80 @@ def test_what_cannot_be_used_says_why_and_equally_each_time() -> None:
 def test_an_image_too_long_to_scale_is_refused_before_memory_is_taken() -> None:
     with pytest.raises(BadImage, match="5120000 x 256"):
         adm_crop(Image.new("RGB", (20_000, 1)), 256)
+
+
+SAVED: dict[str, tuple[str, str, dict[str, Any], int]] = {
+    "RGB JPEG": ("RGB", "JPEG", {}, 4),
+    "grey JPEG": ("L", "JPEG", {}, 5),
+    "CMYK JPEG": ("CMYK", "JPEG", {}, 8),
+    "progressive JPEG": ("RGB", "JPEG", {"progressive": True, "subsampling": 0}, 10),
+    "progressive CMYK JPEG": ("CMYK", "JPEG", {"progressive": True}, 12),
+    "RGB PNG": ("RGB", "PNG", {"compress_level": 1}, 4),
+    "RGBA PNG": ("RGBA", "PNG", {"compress_level": 1}, 8),
+    "palette PNG": ("P", "PNG", {"compress_level": 1}, 5),
+    "16-bit PNG": ("I;16", "PNG", {"compress_level": 1}, 6),
+    "BMP": ("RGB", "BMP", {}, 4),
+    "GIF": ("P", "GIF", {}, 5),
+    "WebP": ("RGB", "WEBP", {"method": 0}, 17),
+    "lossless WebP": ("RGB", "WEBP", {"lossless": True, "quality": 0, "method": 0}, 17),
+}
+"""Kinds of images: mode, format, options, and the bytes a pixel that decoding them takes."""
+
+
+def _saved(name: str, width: int, height: int) -> bytes:
+    mode, kind, options, _ = SAVED[name]
+    noise = _noise(max(width // 8, 1), max(height // 8, 1)).resize((width, height))
+    return _save(noise.quantize(64) if mode == "P" else noise.convert(mode), kind, **options)
+
+
+PEAK = """
+import sys
+from PIL import Image
+from pipelines.images import decode
+Image.init()
+def kilobytes(name):
+    return int(open("/proc/self/status").read().split(name)[1].split()[0])
+image = sys.stdin.buffer.read()
+before = kilobytes("VmRSS:")
+decode(image)
+print((kilobytes("VmHWM:") - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_decoding_takes_the_memory_that_it_is_refused_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc to measure memory")
+    width, height, cost = 3000, 2000, SAVED[name][3]
+    image = _saved(name, width, height)
+    command = [sys.executable, "-c", PEAK]
+    done = subprocess.run(command, input=image, capture_output=True, check=True)
+    need, taken = cost * width * height, int(done.stdout)
+    assert 0.75 * need < taken < 1.05 * need + 2 * len(image) + 2**23
+
+    monkeypatch.setattr(images, "MAX_DECODE_BYTES", need)
+    decode(image)
+    monkeypatch.setattr(images, "MAX_DECODE_BYTES", need - 1)
+    with pytest.raises(BadImage, match=rf"decoding 3000 x 2000 pixels of \w+ would take {need} "):
+        decode(image)
+
+
+def test_a_jpeg_of_one_scan_for_each_band_is_taken_for_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = _save(_noise(40, 30), "JPEG")
+    place = plain.index(b"\xff\xda\x00\x0c\x03")  # where its scan begins, and of three bands
+    monkeypatch.setattr(images, "MAX_DECODE_BYTES", 10 * 40 * 30 - 1)
+    decode(plain)
+    with pytest.raises(BadImage, match="would take 12000 bytes of memory, more than 11999"):
+        decode(plain[:place] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + plain[place + 14 :])
+
+
+def test_a_file_too_long_to_be_an_image_is_refused() -> None:
+    with pytest.raises(BadImage, match="a file of 67108865 bytes, more than the 67108864"):
+        decode(bytes(2**26 + 1))
 
 
 @pytest.mark.parametrize("encoding", ["png", "webp", "raw"])

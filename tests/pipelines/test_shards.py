@@ -63,6 +63,18 @@ def test_a_shard_says_what_was_written(folder: Path) -> None:
     assert shards.verify(str(folder)) == []
 
 
+def test_a_row_group_ends_before_its_images_take_too_much_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row._replace(image=b"i" * n) for row, n in zip(_rows(range(7)), [9, 1, 2, 30, 4, 4, 4],
+                                                         strict=True)]  # fmt: skip
+    monkeypatch.setattr(shards, "GROUP_BYTES", 12)
+    info = shards.write_shard(tmp_path / "x.parquet", iter(rows), CLASSES, rows_per_group=4)
+    assert info.row_groups == [3, 1, 3]
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert [r["bytes"] for r in table["image"].to_pylist()] == [row.image for row in rows]
+
+
 def test_a_shard_may_be_empty(tmp_path: Path) -> None:
     info = shards.write_shard(tmp_path / "x.parquet", [], CLASSES, rows_per_group=4)
     assert (info.rows, info.row_groups) == (0, [])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pipelines import index as index_module
-from pipelines import sources
+from pipelines import sources, storage
 from pipelines.index import ImageRef, Index, numbered_classes
 from pipelines.sources import Source, open_source, read_images, write_index
 
@@ -275,6 +278,50 @@ def test_a_damaged_row_group_is_a_reason_and_the_others_are_read(tmp_path: Path)
     found = dict(read_images(source.root, _listed(source, tmp_path)))
     assert [str(found[i])[:26] for i in (0, 1)] == ["its row group is damaged: "] * 2
     assert [found[i] for i in (2, 3)] == [_png(2), _png(3)]
+
+
+ARROW_PEAK = """
+import sys, pyarrow as pa
+from pipelines import sources
+from pipelines.index import ImageRef
+refs = [ImageRef("", b"a.parquet", 0, i, 0, 0, 0) for i in range(1000)]
+assert sum(len(image) for _, image in sources.read_images(sys.argv[1], refs)) == 100_000_000
+print(pa.default_memory_pool().max_memory())
+"""
+
+
+def test_few_bytes_of_a_large_row_group_are_held(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).bytes(100_000)
+    columns = pa.table([[image] * 1000, [0] * 1000], names=["image", "label"])
+    pq.write_table(columns, tmp_path / "a.parquet", compression="none", use_dictionary=False,
+                   write_batch_size=10)  # fmt: skip
+    command = [sys.executable, "-c", ARROW_PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20_000_000  # of 100 MB
+
+
+def test_a_file_too_long_to_be_an_image_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = _tree(tmp_path / "root", "a/1.png")
+    os.truncate(root / "a" / "1.png", 3 * 2**30)  # a hole
+    refs = _listed(open_source(str(root)), tmp_path)
+    monkeypatch.setattr(storage, "read_bytes", None)
+    (_, found), = read_images(str(root), refs)  # fmt: skip
+    assert found == "a file of 3221225472 bytes, more than the 67108864 of an image"
+
+
+def test_what_is_read_ahead_is_bounded_in_number_and_in_bytes() -> None:
+    weights = [1, 1, 1, 1, 9, 4, 4, 4, 20, 1]
+    begun: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        found = sources.ahead(pool, begun.append, range(10), 3, weights.__getitem__, 9)
+        for i, _ in enumerate(found):
+            pool.submit(int).result()  # until what was begun has ended
+            held = [weights[k] for k in begun[i + 1 :]]
+            assert len(held) <= 3
+            assert sum(held) <= 9 or len(held) == 1
+    assert begun == list(range(10))
 
 
 def test_images_beside_class_folders_are_told_and_left_out(
