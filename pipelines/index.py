@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -48,34 +48,34 @@ class ImageRef(NamedTuple):
     problem: str | None = None
 
 
-def record_batches(refs: Iterator[ImageRef]) -> list[pa.RecordBatch]:
-    """References as they are stored."""
-    batches = []
-    while rows := list(islice(refs, INDEX_ROWS)):
-        columns = zip(*rows, strict=True)
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
-        batches.append(pa.record_batch(arrays, schema=INDEX_SCHEMA))
-    return batches
+def record_batches(
+    rows: Iterator[tuple[Any, ...]], schema: pa.Schema = INDEX_SCHEMA
+) -> Iterator[pa.RecordBatch]:
+    """References as they are stored, or other rows as compactly."""
+    while some := list(islice(rows, INDEX_ROWS)):
+        columns = zip(*some, strict=True)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
+        yield pa.record_batch(arrays, schema=schema)
 
 
-def write(path: Path, listed: Iterable[Sequence[pa.RecordBatch]]) -> int:
+def write(path: Path, listed: Iterable[Iterable[pa.RecordBatch]]) -> int:
     """Write the references of the parts of a source, in order; the number of images."""
     count = unit = 0
     left = INDEX_SCHEMA.empty_table()
     with pa.ipc.new_file(path, INDEX_SCHEMA) as writer:
         for batches in listed:
-            if not batches:
-                continue
-            part = pa.Table.from_batches(batches)
-            place = INDEX_SCHEMA.get_field_index("unit")
-            units = part["unit"].to_numpy() + unit
-            unit = int(units[-1]) + 1
-            part = part.set_column(place, INDEX_SCHEMA.field(place), [units])
-            count += len(part)
-            left = pa.concat_tables([left, part])
-            while len(left) >= INDEX_ROWS:
-                writer.write_table(left.slice(0, INDEX_ROWS).combine_chunks(), INDEX_ROWS)
-                left = left.slice(INDEX_ROWS)
+            before = unit
+            for batch in batches:
+                part = pa.Table.from_batches([batch])
+                place = INDEX_SCHEMA.get_field_index("unit")
+                units = part["unit"].to_numpy() + before
+                unit = int(units[-1]) + 1
+                part = part.set_column(place, INDEX_SCHEMA.field(place), [units])
+                count += len(part)
+                left = pa.concat_tables([left, part])
+                while len(left) >= INDEX_ROWS:
+                    writer.write_table(left.slice(0, INDEX_ROWS).combine_chunks(), INDEX_ROWS)
+                    left = left.slice(INDEX_ROWS)
         if len(left):
             writer.write_table(left.combine_chunks(), INDEX_ROWS)
     return count

@@ -33,9 +33,8 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +277,11 @@ def list_tars(output: str, source: sources.Source, index: Path) -> None:
     logger.info("listed in %.1f s", time.monotonic() - started)
 
 
-def _kept(place: str) -> list[pa.RecordBatch]:
-    file = pa.ipc.open_file(storage.read_bytes(place))
-    return [file.get_batch(i) for i in range(file.num_record_batches)]
+def _kept(place: str) -> Iterator[pa.RecordBatch]:
+    path = storage.local_path(place)
+    found = pa.py_buffer(storage.read_bytes(place)) if path is None else pa.OSFile(str(path))
+    file = pa.ipc.open_file(found)
+    return (file.get_batch(i) for i in range(file.num_record_batches))
 
 
 def _part_place(output: str, part: sources.Part) -> str:
@@ -298,11 +299,12 @@ def _list_parts_task(
     kind = error = ""
     try:
         for place, batches in zip(batch["place"], sources.list_parts(source, parts), strict=True):
-            sink = BytesIO()
-            with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+            with (
+                storage.staged(str(place)) as path,
+                pa.ipc.new_file(path, INDEX_SCHEMA) as writer,
+            ):
                 for found in batches:
                     writer.write_batch(found)
-            storage.write_bytes(str(place), sink.getvalue())
     except Exception as failure:
         kind, error = type(failure).__name__, str(failure)
     skipped = json.dumps(sum(source.skipped, Counter()))

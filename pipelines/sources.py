@@ -23,6 +23,7 @@ import os
 import posixpath
 import re
 import tempfile
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -303,7 +304,7 @@ class Files:
 
     def _folder(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[tars.Member, bytes]]:
         if part.file:
-            found = storage.list_files(storage.join(self.root, part.file))
+            found: Iterable[storage.FileEntry] = storage.walk(storage.join(self.root, part.file))
         else:
             _, found = storage.list_folder(self.root)
         for e in found:
@@ -312,13 +313,37 @@ class Files:
                 yield tars.Member(e.relative, -1, e.bytes, None), os.fsencode(place)
 
     def _tar(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[tars.Member, bytes]]:
-        found = [m for m in _members(self.root, part) if _is_image(m.name, skipped)]
-        last = {member.name: i for i, member in enumerate(found)}
-        for i, member in enumerate(found):
-            if last[member.name] != i:
+        hashes = array("q")
+
+        def images() -> Iterator[tuple[Any, ...]]:
+            for member in _members(self.root, part):
+                if _is_image(member.name, skipped):
+                    hashes.append(hash(member.name))
+                    yield os.fsencode(member.name), *member[1:]
+
+        # A name may come again at the very end, and members may be millions: they are packed.
+        packed = list(index.record_batches(images(), MEMBERS))
+        values, counts = np.unique(np.asarray(hashes), return_counts=True)
+        again = set(values[counts > 1].tolist())
+        last: dict[str, int] = {}
+        for member in _unpacked(packed) if again else ():
+            if hash(member.name) in again:
+                last[member.name] = member.first
+        for member in _unpacked(packed):
+            if last.get(member.name, member.first) != member.first:
                 text = "a later file of the archive has the same name"
                 member = member._replace(problem=member.problem or text)
             yield member, os.fsencode(part.file)
+
+
+MEMBERS = pa.schema([("name", pa.binary()), ("first", pa.int64()), ("length", pa.int64()),
+                     ("problem", pa.string())])  # fmt: skip
+
+
+def _unpacked(batches: Iterable[pa.RecordBatch]) -> Iterator[tars.Member]:
+    for batch in batches:
+        for name, *rest in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield tars.Member(os.fsdecode(name), *rest)
 
 
 def _is_image(name: str, skipped: Counter[str]) -> bool:
@@ -639,12 +664,13 @@ def _hub_features(schema: pa.Schema, uri: str) -> dict[str, dict[str, Any]]:
     return {column: feature for column, feature in found.items() if isinstance(feature, dict)}
 
 
-def list_part(source: Source, part: Part) -> list[pa.RecordBatch]:
-    """The references of a part, units counted from 0."""
-    return index.record_batches(source.refs(part))
+def list_part(source: Source, part: Part) -> Iterator[pa.RecordBatch]:
+    """The references of a part, units counted from 0; what is long is listed as it is taken."""
+    batches = index.record_batches(source.refs(part))
+    return chain(list(islice(batches, 2)), batches)
 
 
-def list_parts(source: Source, parts: Sequence[Part]) -> Iterator[list[pa.RecordBatch]]:
+def list_parts(source: Source, parts: Sequence[Part]) -> Iterator[Iterator[pa.RecordBatch]]:
     """The references of several parts, one after the other, listed by some threads."""
     with ThreadPoolExecutor(LISTERS) as pool:
         yield from ahead(pool, functools.partial(list_part, source), parts, LISTERS)
@@ -683,7 +709,7 @@ def ahead(
 
 
 def write_index(
-    source: Source, path: Path, listed: Iterable[Sequence[pa.RecordBatch]] | None = None
+    source: Source, path: Path, listed: Iterable[Iterable[pa.RecordBatch]] | None = None
 ) -> int:
     """List a source into an index file; the number of images.
 

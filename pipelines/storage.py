@@ -23,13 +23,15 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import tenacity
 from pyarrow import fs
 
@@ -46,6 +48,8 @@ DEADLINE_S = 180.0
 """How long a store may fail a request until we give up."""
 DELETIONS = 16
 """Objects that are deleted at once."""
+NAMES = 2**16
+"""Names of files that are handed out at once, of those that were sorted."""
 PATIENT_TRIES = 4
 """Tries that go by without a word in the log."""
 TEMPORARY = ".tmp-"
@@ -88,6 +92,8 @@ class FileEntry(NamedTuple):
     relative: str
     """Its path below the folder, with forward slashes."""
     bytes: int
+    changed: int = 0
+    """When it was changed, in nanoseconds since 1970; 0 if that is not known."""
 
 
 def join(uri: str, *parts: str) -> str:
@@ -235,7 +241,7 @@ def exists(uri: str) -> bool:
         for prefix, wanted in ((key, key), (folder, folder)):
             request = {"Bucket": bucket, "MaxKeys": 1, "Prefix": prefix}
             answer = _send(uri, functools.partial(_client().list_objects_v2, **request))
-            if any(k == wanted or wanted == folder for k, _ in _page(answer)):
+            if any(k == wanted or wanted == folder for k, *_ in _page(answer)):
                 return True
     return False
 
@@ -326,9 +332,7 @@ def write_json(uri: str, value: Any, *, if_absent: bool = False) -> None:
 
 
 def list_files(uri: str, *, suffixes: tuple[str, ...] | None = None) -> list[FileEntry]:
-    """Files below a folder at any depth, sorted by their path.
-
-    Links are followed, as PyTorch's ImageFolder does; a loop of links is entered once.
+    """Files below a folder at any depth, sorted by their path (see walk).
 
     Args:
         uri: the folder.
@@ -337,12 +341,24 @@ def list_files(uri: str, *, suffixes: tuple[str, ...] | None = None) -> list[Fil
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    found = [
+    return [
         entry
-        for entry in _walk(uri)
+        for entry in walk(uri)
         if suffixes is None or entry.relative.lower().endswith(suffixes)
     ]
-    return sorted(found, key=lambda entry: os.fsencode(entry.relative))
+
+
+def walk(uri: str) -> Iterator[FileEntry]:
+    """Files below a folder at any depth, sorted by their path, of which few are held at a time.
+
+    Only names are: those of one folder, and on S3 all. Links to folders are followed, each by its
+    own name, as PyTorch's ImageFolder does; one that leads into a loop is not.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    path = local_path(uri)
+    return _walk_s3(uri) if path is None else _walk_local(path, uri, "", ())
 
 
 def list_folder(uri: str) -> tuple[list[str], list[FileEntry]]:
@@ -358,14 +374,14 @@ def list_folder(uri: str) -> tuple[list[str], list[FileEntry]]:
             if _is_folder(entry):
                 folders.append(entry.name)
             elif _is_file(entry):
-                files.append(FileEntry(join(uri, entry.name), entry.name, _size(Path(entry.path))))
+                files.append(_entry(Path(entry.path), uri, entry.name))
     else:
         bucket, prefix = _folder_key(uri)
         for page in _pages(uri, Bucket=bucket, Prefix=prefix, Delimiter="/"):
             folders += [p["Prefix"][len(prefix) : -1] for p in page.get("CommonPrefixes", ())]
             files += [
-                FileEntry(f"{S3}{bucket}/{key}", key[len(prefix) :], size)
-                for key, size in _page(page)
+                FileEntry(f"{S3}{bucket}/{key}", key[len(prefix) :], size, changed)
+                for key, size, changed in _page(page)
                 if key != prefix
             ]
         if not folders and not files:
@@ -385,7 +401,7 @@ def delete(uri: str) -> None:
     bucket, key = _bucket_key(uri)
     keys = [key]
     for page in _pages(uri, Bucket=bucket, Prefix=f"{key.rstrip('/')}/"):
-        keys += [found for found, _ in _page(page)]
+        keys += [found for found, *_ in _page(page)]
     requests = [functools.partial(_client().delete_object, Bucket=bucket, Key=k) for k in keys]
     with ThreadPoolExecutor(DELETIONS) as pool:  # one request for many is not known to every store
         for _ in pool.map(functools.partial(_send, uri), requests):
@@ -524,11 +540,12 @@ def _put(uri: str, path: Path) -> None:
         _client().put_object(Bucket=bucket, Key=key, Body=body)
 
 
-def _size(path: Path) -> int:
+def _entry(path: Path, uri: str, relative: str) -> FileEntry:
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:  # a link to nothing: whoever reads it says so
-        return 0
+        return FileEntry(join(uri, relative), relative, 0)
+    return FileEntry(join(uri, relative), relative, found.st_size, found.st_mtime_ns)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -550,42 +567,69 @@ def _no_folder(uri: str) -> FileNotFoundError:
     return FileNotFoundError(f"no folder at {uri}: check the path, or what it is mounted from")
 
 
-def _scan(path: Path, uri: str) -> list[os.DirEntry[str]]:
+def _scan(path: Path, uri: str) -> Iterator[os.DirEntry[str]]:
     if not path.exists():
         raise _no_folder(uri)
     if not path.is_dir():
         raise NotADirectoryError(f"{uri} is a file, not a folder")
     with os.scandir(path) as entries:
-        return list(entries)
+        yield from entries
 
 
-def _walk(uri: str) -> Iterator[FileEntry]:
-    path = local_path(uri)
-    if path is None:
-        bucket, prefix = _folder_key(uri)
-        found = False
+def _walk_s3(uri: str) -> Iterator[FileEntry]:
+    bucket, prefix = _folder_key(uri)
+    sizes, changes = array("q"), array("q")
+
+    def names() -> Iterator[bytes]:
         for page in _pages(uri, Bucket=bucket, Prefix=prefix):
-            for key, size in _page(page):
-                found = True
-                if not key.endswith("/"):
-                    yield FileEntry(f"{S3}{bucket}/{key}", key[len(prefix) :], size)
-        if not found:
-            raise _no_folder(uri)
+            for key, size, changed in _page(page):
+                sizes.append(size)
+                changes.append(changed)
+                yield key[len(prefix) :].encode()
+
+    for i, name in _in_order(names()):  # not every store sorts as S3 does
+        relative = name.decode()
+        if relative and not relative.endswith("/"):
+            yield FileEntry(f"{S3}{bucket}/{prefix}{relative}", relative, sizes[i], changes[i])
+    if not sizes:
+        raise _no_folder(uri)
+
+
+def _walk_local(
+    folder: Path, uri: str, relative: str, above: tuple[str, ...]
+) -> Iterator[FileEntry]:
+    """Files of a folder, which lies at `relative`, inside of the folders `above` (real paths)."""
+    real = os.path.realpath(folder)
+    if any(f"{outer}/".startswith(f"{real.rstrip('/')}/") for outer in above):
         return
-    seen = set()
-    stack = [(path, "")]
-    while stack:
-        folder, relative = stack.pop()
-        real = os.path.realpath(folder)
-        if real in seen:
-            continue
-        seen.add(real)
+
+    def names() -> Iterator[bytes]:
         for entry in _scan(folder, join(uri, relative) if relative else uri):
-            below = f"{relative}{entry.name}"
             if _is_folder(entry):
-                stack.append((Path(entry.path), f"{below}/"))
+                yield os.fsencode(f"{entry.name}/")  # sorted as its files will be
             elif _is_file(entry):
-                yield FileEntry(join(uri, below), below, _size(Path(entry.path)))
+                yield os.fsencode(entry.name)
+
+    for _, packed in _in_order(names()):
+        name = os.fsdecode(packed)
+        if name.endswith("/"):
+            yield from _walk_local(folder / name, uri, f"{relative}{name}", (*above, real))
+        else:
+            yield _entry(folder / name, uri, f"{relative}{name}")
+
+
+def _in_order(names: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Names in their order, each with the place that it had; bare bytes, for they may be many."""
+    text, ends = bytearray(), array("q", [0])
+    for name in names:
+        text += name
+        ends.append(len(text))
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(text)]
+    packed = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(ends) - 1, buffers)
+    order = pc.sort_indices(packed)
+    for first in range(0, len(order), NAMES):
+        some = order.slice(first, NAMES)
+        yield from zip(some.to_pylist(), packed.take(some).to_pylist(), strict=True)
 
 
 def _bucket_key(uri: str) -> tuple[str, str]:
@@ -653,8 +697,12 @@ def _pages(uri: str, **request: str) -> Iterator[dict[str, Any]]:
         request["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _page(page: dict[str, Any]) -> list[tuple[str, int]]:
-    return [(item["Key"], item["Size"]) for item in page.get("Contents", ())]
+def _page(page: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Keys, their bytes, and when they were changed, in nanoseconds."""
+    return [
+        (item["Key"], item["Size"], int(item["LastModified"].timestamp() * 1000) * 10**6)
+        for item in page.get("Contents", ())
+    ]
 
 
 def _send(uri: str, request: Callable[[], T]) -> T:

@@ -317,7 +317,7 @@ def index() -> dict:
 
 
 def _list(source: sources.Source, part: sources.Part) -> list:
-    return sources.list_part(source, part)
+    return list(sources.list_part(source, part))
 
 
 def _cpu_seconds() -> float:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -322,6 +324,34 @@ def test_what_is_read_ahead_is_bounded_in_number_and_in_bytes() -> None:
             assert len(held) <= 3
             assert sum(held) <= 9 or len(held) == 1
     assert begun == list(range(10))
+
+
+@pytest.mark.parametrize("kind", ["tree", "tar"])
+def test_a_class_of_many_images_is_listed_without_holding_them(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{i:06d}.png" for i in range(20_000)]
+    if kind == "tree":
+        (tmp_path / "tree" / "one").mkdir(parents=True)
+        for name in names:
+            (tmp_path / "tree" / "one" / name).touch()
+    else:
+        with (tmp_path / "tar").with_suffix(".tar").open("wb") as file:
+            file.writelines(tarfile.TarInfo(name).tobuf() for name in names)
+    monkeypatch.setattr(index_module, "INDEX_ROWS", 500)
+    monkeypatch.setattr(storage, "NAMES", 500)
+    uri, classes = {"tree": ("tree", ""), "tar": ("tar.tar", "one")}[kind]
+    source = open_source(str(tmp_path / uri), classes)
+    write_index(source, tmp_path / "warm")
+
+    arrow = pa.total_allocated_bytes()
+    tracemalloc.start()
+    held = 0
+    for batch in sources.list_part(source, source.parts[0]):
+        held = max(held, pa.total_allocated_bytes() - arrow - batch.nbytes)
+    taken = tracemalloc.get_traced_memory()[1] + held
+    tracemalloc.stop()
+    assert taken < 100 * len(names) + 1_000_000  # objects of Python take 500 bytes each
 
 
 def test_images_beside_class_folders_are_told_and_left_out(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,46 @@ def test_links_are_followed_but_loops_pipes_and_odd_names_do_no_harm(tmp_path: P
     found = [os.fsencode(e.relative) for e in storage.list_files(str(tree), suffixes=(".png",))]
 
     assert found == [b"gone.png", b"linked/a.png", b"\xff.png"]
+
+
+def test_the_order_of_files_is_that_of_their_paths_whatever_was_made_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "NAMES", 2)
+    found = []
+    for i, steps in enumerate(itertools.permutations(["real", "alias", "zebra", "loop", "files"])):
+        top = tmp_path / str(i)
+        tree = top / "tree"
+        tree.mkdir(parents=True)
+        for step in steps:
+            if step == "files":
+                for name in ("b.png", "a", "a.png", "ab", "real.png"):
+                    (tree / name).touch()
+            elif step == "real":
+                (tree / "real").mkdir()
+                (tree / "real" / "1.png").touch()
+            else:  # to a sibling, twice, and to what lies above the folder that is listed
+                (tree / step).symlink_to(top if step == "loop" else "real")
+        found.append([e.relative for e in storage.walk(str(tree))])
+    assert found == [found[0]] * 120
+    assert found[0] == [
+        "a", "a.png", "ab", "alias/1.png", "b.png", "real.png", "real/1.png", "zebra/1.png"
+    ]  # fmt: skip
+
+
+def test_a_store_that_does_not_sort_as_s3_does_gives_the_same_order(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    for name in ("a/1.png", "a.png", "a-b/1.png", "b"):
+        storage.write_bytes(f"{root}/{name}", name.encode())
+    found = list(storage.walk(root))
+    assert [e.relative for e in found] == ["a-b/1.png", "a.png", "a/1.png", "b"]
+    assert [storage.read_bytes(e.uri).decode() for e in found] == [e.relative for e in found]
+    assert [e.bytes for e in found] == [9, 5, 7, 1]
+    assert all(abs(e.changed / 1e9 - time.time()) < 600 for e in found)
 
 
 def test_a_file_uri_is_a_path_with_escapes(tmp_path: Path) -> None:
