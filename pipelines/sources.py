@@ -502,7 +502,7 @@ class WebDataset:
             return -1, "it has no .cls and no .json beside it"
         member = sample[ending]
         text: object = ranges.read(member.first, min(member.length, tars.LONGEST_NAME)).decode(
-            "utf-8", "replace"
+            "utf-8-sig", "replace"
         )
         if ending == "json":
             try:

@@ -189,6 +189,32 @@ def test_webdataset_tars_bring_labels_in_cls_and_json(
     assert got["train-000.tar/00/y.png"] == ("goldfish", b)
 
 
+def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "classes").write_text("a\tcrane\nb\tcrane\nn02012849\tcrane\nd\n")
+    names = [choice.info.name for choice in class_list(str(tmp_path / "classes"))]
+    assert names == ["crane (a)", "crane (b)", "crane (n02012849)", "d"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "text", "label"),
+    [
+        ("json", '{"label": 3.0}', 3), ("json", '{"label": "3"}', 3),
+        ("json", '{"label": 3.5}', -1),
+        ("json", '\ufeff{"label": 3}', 3), ("json", '{"label": true}', -1), ("cls", "\ufeff3", 3),
+        ("json", '{"label": [3]}', -1), ("cls", "3\n", 3), ("cls", "3 4", -1),
+        ("json", '{"label": 1e99}', -1), ("json", '{"label": NaN}', -1),
+    ],
+)  # fmt: skip
+def test_labels_are_read_as_people_and_programs_write_them(
+    tmp_path: Path, ending: str, text: str, label: int
+) -> None:
+    (tmp_path / "x.tar").write_bytes(tar([("a.jpg", b"a"), (f"a.{ending}", text.encode())]))
+    source = open_source(str(tmp_path / "x.tar"))
+    (ref,) = source.refs(source.parts[0])
+    assert ref.label == label
+    assert (ref.problem is None) == (label >= 0)
+
+
 def test_a_sample_of_a_webdataset_has_one_image_and_nothing_is_lost(tmp_path: Path) -> None:
     members = [
         ("x.jpg", b"x"), ("x.depth.png", b"depth"), ("x.cls", b"0"),
@@ -249,6 +275,7 @@ def test_a_class_list_orders_names_and_chooses(tmp_path: Path) -> None:
         ("zebra\ngnu\n", "1 of 2 listed classes are not in .*'gnu'"),
         ("\n# nothing", "names no class"),
         ("a\nb\na\n", "names 'a' twice"),
+        ("a\tx\nb\tx\nc\tx (a)\n", r"calls two classes 'x \(a\)'"),
     ):
         listed.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -311,6 +338,13 @@ def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
     (tmp_path / "labels").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match="no line of the form: name label"):
         label_file(str(tmp_path / "labels"))
+    (tmp_path / "labels").write_text("490\n361\n")
+    with pytest.raises(ValueError, match=r"validation images leave --labels out"):
+        label_file(str(tmp_path / "labels"))
+    with pytest.raises(FileNotFoundError, match=r"no label file \(--labels\) at .*/missing: check"):
+        open_source(str(tmp_path / "flat"), labels=str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError, match=r"no class list \(--classes\) at .*/missing"):
+        open_source(str(tmp_path / "flat"), str(tmp_path / "missing"))
     (tmp_path / "labels").write_text("a cat\nb dog\n")
     with pytest.raises(ValueError, match=r"no label for .* is a number or a known class"):
         open_source(str(tmp_path / "flat"), labels=str(tmp_path / "labels"))
