@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -77,8 +77,11 @@ _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "Int
 
 # Other tools take these in a URI; with us it would end in logs and manifests.
 _OPTIONS = re.compile(
-    r"[?&](access_key|secret_key|session_token|endpoint_override|X-Amz-\w+)=", re.IGNORECASE
+    r"[?&]((\w*_)?(access_key|secret_key|access_key_id|token|password)|endpoint_override|"
+    r"Signature|AWSAccessKeyId|X-Amz-[\w-]+)=",
+    re.IGNORECASE,
 )
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
 class ShortRead(OSError):
@@ -106,13 +109,14 @@ def local_path(uri: str) -> Path | None:
     """Where a URI is on this machine; None for one that is elsewhere.
 
     Raises:
-        ValueError: the URI is empty or of a kind that is not supported.
+        ValueError: the URI is empty, of a kind that is not supported, or holds credentials.
     """
     if not uri:
         raise ValueError("an empty URI: expected a path, file:///path or s3://bucket/key")
     if uri.startswith("file://"):
         return Path(unquote(uri.removeprefix("file://")))
     if uri.startswith(S3):
+        _bucket_key(uri)
         return None
     if "://" in uri:  # perhaps with a password, or signed: not all of it goes into a log
         scheme, _, rest = uri.partition("://")
@@ -634,10 +638,11 @@ def _in_order(names: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _bucket_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix(S3).partition("/")
-    if not bucket or "@" in bucket or _OPTIONS.search(uri):
+    if not _BUCKET.fullmatch(bucket) or _OPTIONS.search(uri):  # not all of it goes into a log
+        shown = bucket if _BUCKET.fullmatch(bucket) else "..."
         raise ValueError(
-            f"{S3}{bucket.rpartition('@')[2].partition('?')[0]} is not s3://bucket/key; "
-            "credentials and endpoint belong in the environment or ~/.aws"
+            f"{S3}{shown} is not s3://bucket/key; credentials and endpoint belong in the "
+            "environment or ~/.aws"
         )
     return bucket, key
 
@@ -661,26 +666,39 @@ def _s3_client(environment: tuple[str | None, ...]) -> BaseClient:
     from botocore.config import Config
 
     logging.getLogger("botocore").setLevel(logging.WARNING)
-    endpoint = environment[0] or environment[1]
     session = boto3.Session()
-    return session.client(
-        "s3",
-        region_name=session.region_name or "us-east-1",
-        config=Config(
-            retries={"total_max_attempts": 1},  # _send tries again
-            connect_timeout=10,
-            read_timeout=60,
-            max_pool_connections=32,
-            # Names of other stores than Amazon's seldom resolve with the bucket in front.
-            s3={"addressing_style": "path" if endpoint else "auto"},
-        ),
+    config = Config(
+        retries={"total_max_attempts": 1},  # _send tries again
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=32,
     )
+    region = session.region_name or "us-east-1"
+    client = session.client("s3", region_name=region, config=config)
+    endpoint = _endpoint(client)
+    if endpoint is None:
+        return client
+    if "@" in urlsplit(endpoint).netloc:
+        raise ValueError(
+            "the endpoint of the S3 store holds a password: credentials belong in "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws"
+        )
+    # Names of other stores than Amazon's seldom resolve with the bucket in front.
+    config = config.merge(Config(s3={"addressing_style": "path"}))
+    return session.client("s3", region_name=region, config=config)
+
+
+def _endpoint(client: BaseClient) -> str | None:
+    """Where another store than Amazon's is, by the environment or ~/.aws/config."""
+    host = urlsplit(client.meta.endpoint_url).hostname or ""
+    is_amazon = re.fullmatch(r"s3[a-z0-9.-]*\.amazonaws\.com(\.cn)?", host)
+    return None if is_amazon else client.meta.endpoint_url
 
 
 @functools.lru_cache(maxsize=4)
 def _s3_filesystem(environment: tuple[str | None, ...]) -> fs.S3FileSystem:
     return fs.S3FileSystem(
-        endpoint_override=environment[0] or environment[1],
+        endpoint_override=_endpoint(_s3_client(environment)),
         region=_s3_client(environment).meta.region_name,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
         connect_timeout=10,

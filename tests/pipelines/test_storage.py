@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines import storage
+from pipelines.cli import main
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -136,11 +137,57 @@ def test_a_store_that_refuses_us_says_so_once(
 
 @pytest.mark.parametrize("uri", ["", "gs://bucket/x", "s3://", "s3://me:secret@bucket/x",
                                  "s3://bucket/x?scheme=http&secret_key=secret",
-                                 "https://me:secret@host/x?X-Amz-Signature=secret"])  # fmt: skip
+                                 "https://me:secret@host/x?X-Amz-Signature=secret",
+                                 "s3://me:se/secret@bucket/x", "s3://secret@bucket/x",
+                                 "s3://bucket/x?AWSAccessKeyId=me&Signature=secret",
+                                 "s3://bucket/x?aws_secret_access_key=secret",
+                                 "s3://bucket/x?X-Amz-Security-Token=secret"])  # fmt: skip
 def test_a_uri_that_cannot_be_opened_is_refused(uri: str) -> None:
     with pytest.raises(ValueError, match=r"expected|is not s3") as raised:
         storage.read_bytes(uri)
     assert "secret" not in str(raised.value).replace("s3://bucket/key; credentials", "")
+
+
+def test_a_refused_uri_is_not_shown_by_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for uri in (
+        "s3://AKIAME:se/secret@bucket/x",
+        "s3://bucket/x?AWSAccessKeyId=A&Signature=secret",
+    ):
+        for option in ("--source", "--output", "--classes", "--labels", "--verify"):
+            given = {"--source": str(tmp_path), "--output": str(tmp_path / "out")} | {option: uri}
+            assert main(["prepare", *itertools.chain(*given.items())]) == 2
+    assert "secret" not in "".join(capsys.readouterr()).replace("/key; credentials", "")
+    assert "secret" not in caplog.text
+
+
+def test_an_endpoint_with_a_password_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:secret@127.0.0.1:9")
+    for reading in (storage.read_bytes, storage.open_input, storage.exists):
+        with pytest.raises(ValueError, match="endpoint of the S3 store holds a password") as raised:
+            reading("s3://bucket/x")
+        assert "secret@" not in str(raised.value)
+
+
+def test_the_endpoint_of_the_aws_config_file_counts_for_all_that_is_read(
+    s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://bucket/{uuid.uuid4().hex}"
+    storage.write_bytes(uri, b"content")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", tmp_path.name)
+    (tmp_path / "config").write_text(
+        f"[profile {tmp_path.name}]\nendpoint_url = {s3_environment['AWS_ENDPOINT_URL']}\n"
+    )
+    assert storage.read_bytes(uri) == b"content"
+    with storage.open_input(uri) as file:
+        assert file.read() == b"content"
 
 
 def test_links_are_followed_but_loops_pipes_and_odd_names_do_no_harm(tmp_path: Path) -> None:
