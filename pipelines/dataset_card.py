@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from io import BytesIO
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from jitmodel.config import ClassInfo
-from pipelines import images, report, shards, sources
-from pipelines.index import Index
-from pipelines.shards import Manifest
+from pipelines import images, report, shards, storage
+from pipelines.shards import CONTACT_SHEET, Manifest
 
-CONTACT_SHEET = "contact.png"
 CLASSES, COLUMNS, PIXELS = 20, 8, 128
 """Most rows of the contact sheet, images in a row, and their side."""
 
 
-def contact_sheet(
-    root: str, classes: Sequence[ClassInfo], index: Index, rejected: set[int], size: int
-) -> bytes:
-    """PNG of the first images of some classes, spread over all of them, one row a class."""
-    num = len(classes)
-    chosen = np.unique(np.linspace(0, num - 1, min(num, CLASSES)).round().astype(int))
-    found: dict[int, list[int]] = {label: [] for label in chosen.tolist()}
-    start = 0
-    for label in index.column("label"):
-        for number, row in found.items():
-            if len(row) < COLUMNS:
-                new = (np.flatnonzero(label == number) + start).tolist()
-                row += [i for i in new if i not in rejected][: COLUMNS - len(row)]
-        start += len(label)
+def shown_classes(num_classes: int) -> list[int]:
+    """Labels of the classes that the contact sheet shows, spread over all of them."""
+    spread = np.linspace(0, num_classes - 1, min(num_classes, CLASSES))
+    return np.unique(spread.round().astype(int)).tolist()
+
+
+def contact_sheet(manifest: Manifest, folder: str, files: Iterable[str]) -> bytes:
+    """PNG of the first images of some classes, one row a class, from the shards.
+
+    Args:
+        manifest: of the dataset.
+        folder: URI of the dataset folder.
+        files: shards, in order, that hold COLUMNS images of each class shown, or all there are.
+    """
+    found: dict[int, list[NDArray[np.uint8]]] = {
+        label: [] for label in shown_classes(len(manifest.classes))
+    }
+    side = min(manifest.image_size, PIXELS)
+    for file in files:
+        for label, image in shards.read_images(storage.join(folder, file), list(found)):
+            if len(found[label]) < COLUMNS:
+                found[label].append(images.resize(images.decode_pixels(image), side))
     columns = max(map(len, found.values())) or 1
-    ids = [(r * columns + k, i) for r, f in enumerate(found.values()) for k, i in enumerate(f)]
-    side = min(size, PIXELS)
-    pixels = np.full((len(chosen) * columns, side, side, 3), 255, np.uint8)
-    for i, image in sources.read_images(root, index.refs([i for _, i in ids])):
-        assert isinstance(image, bytes)
-        pixels[ids[i][0]] = np.asarray(images.adm_crop(images.decode(image), side))
-    names = [classes[number].name.split(",")[0][:24] for number in chosen]
+    pixels = np.full((len(found) * columns, side, side, 3), 255, np.uint8)
+    for r, row in enumerate(found.values()):
+        for k, one in enumerate(row):
+            pixels[r * columns + k] = one
+    names = [manifest.classes[label].name.split(",")[0][:24] for label in found]
     buffer = BytesIO()
     scale = max(1, 64 // side)
     report.image_grid(pixels, columns, names, scale).save(buffer, "PNG")

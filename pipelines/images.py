@@ -173,6 +173,16 @@ def decode_pixels(image: bytes | memoryview) -> NDArray[np.uint8]:
         return np.asarray(opened.convert("RGB"))
 
 
+def look(image: bytes) -> tuple[str, int, int]:
+    """Encoding, width and height of a stored image, by its header; "?" where it has none."""
+    try:
+        with Image.open(BytesIO(image), formats=(*FORMATS, "PPM")) as opened:
+            kind = {"PPM": "raw"}.get(str(opened.format), str(opened.format).lower())
+            return kind, opened.width, opened.height
+    except Exception:  # decoders of hostile bytes raise whatever they run into
+        return "?", 0, 0
+
+
 def _ppm_header(width: int, height: int) -> bytes:
     return f"P6\n{width} {height}\n255\n".encode()
 

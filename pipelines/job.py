@@ -27,7 +27,7 @@ from PIL import features
 from jitmodel.config import ClassInfo, Config
 from pipelines import images, shards, sources, storage
 from pipelines.config import PrepareConfig
-from pipelines.dataset_card import CONTACT_SHEET, card, contact_sheet
+from pipelines.dataset_card import COLUMNS, card, contact_sheet, shown_classes
 from pipelines.deal import ids_of_shard
 from pipelines.index import Index, numbered_classes
 from pipelines.shards import Manifest, Reject, Row, ShardInfo
@@ -349,47 +349,52 @@ class Totals(NamedTuple):
     counts: NDArray[np.int64]
     """Images of each class."""
     rejects: list[Reject]
+    shown: dict[int, int]
+    """Images of each class of the contact sheet that the shards in `sheet` hold."""
+    sheet: list[str]
+    """Shards that the contact sheet is drawn from."""
 
 
 def publish(
-    folders: Mapping[int, str],
-    root: str,
-    classes: list[ClassInfo],
-    job: Job,
-    config: PrepareConfig,
-    index: Index,
+    folders: Mapping[int, str], classes: list[ClassInfo], job: Job, config: PrepareConfig
 ) -> None:
     """Write what describes the shards, the manifests last.
 
     Raises:
         ValueError: not one image can be used.
     """
-    totals = {size: Totals({}, np.zeros(len(classes), np.int64), []) for size in folders}
+    shown = dict.fromkeys(shown_classes(len(classes)), 0)
+    totals = {
+        size: Totals({}, np.zeros(len(classes), np.int64), [], dict(shown), []) for size in folders
+    }
     for number, entry in entries(folders, job):
         for total, found in zip(totals.values(), entry.sizes, strict=True):
             total.infos[number] = found.info
             total.rejects.extend(found.rejects)
             for label, count in found.labels.items():
                 total.counts[label] += count
+            new = {k: found.labels[k] for k, n in total.shown.items()
+                   if n < COLUMNS and k in found.labels}  # fmt: skip
+            if new:
+                total.sheet.append(found.info.file)
+                total.shown.update({k: total.shown[k] + count for k, count in new.items()})
     for size, folder in folders.items():
-        _publish(folder, size, totals[size], root, classes, job, config, index)
+        _publish(folder, size, totals[size], classes, job, config)
 
 
 def _publish(
     folder: str,
     size: int,
     totals: Totals,
-    root: str,
     classes: list[ClassInfo],
     job: Job,
     config: PrepareConfig,
-    index: Index,
 ) -> None:
     infos = [info for _, info in sorted(totals.infos.items())]
     counts, rejects = totals.counts, sorted(totals.rejects)
     assert len(infos) == job.num_shards, (len(infos), job.num_shards)
     if not counts.any():
-        raise ValueError(f"not one image of {root} can be used: see {folder}/{WORK}")
+        raise ValueError(f"not one image of {config.source} can be used: see {folder}/{WORK}")
     manifest = Manifest(
         fingerprint=shards.fingerprint(classes, infos),
         image_size=size,
@@ -404,9 +409,9 @@ def _publish(
         versions=job.versions,
     )
     storage.write_bytes(storage.join(folder, shards.REJECTS), shards.rejects_table(rejects))
-    sheet = contact_sheet(root, classes, index, {reject.id for reject in rejects}, size)
-    storage.write_bytes(storage.join(folder, CONTACT_SHEET), sheet)
-    storage.write_bytes(storage.join(folder, "README.md"), card(manifest).encode())
+    sheet = contact_sheet(manifest, folder, sorted(totals.sheet))
+    storage.write_bytes(storage.join(folder, shards.CONTACT_SHEET), sheet)
+    storage.write_bytes(storage.join(folder, shards.CARD), card(manifest).encode())
     for place in (folder, storage.join(folder, "data")):
         for left in storage.list_folder(place)[1]:  # by whoever was killed while writing
             if left.relative.startswith(storage.TEMPORARY):

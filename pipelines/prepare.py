@@ -124,7 +124,7 @@ def run(config: PrepareConfig) -> None:
                 classes = classes_of(source, Index(index))
                 write_shards(folders, source.root, classes, job, config, held)
                 held.check()
-                publish(folders, source.root, classes, job, config, Index(index))
+                publish(folders, classes, job, config)
         storage.delete(storage.join(output, WORK))
         for size, folder in folders.items():
             manifest = shards.read_manifest(folder)

@@ -10,6 +10,7 @@ source. Row groups are small, because they are what training reads.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,9 +26,12 @@ from pydantic import ValidationError
 
 from jitmodel.config import ClassInfo, Config
 from pipelines import storage
+from pipelines.images import look
 
 MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
+CONTACT_SHEET = "contact.png"
+CARD = "README.md"
 READERS = 8
 """Shards that verification reads at once."""
 GROUP_BYTES = 2**26
@@ -236,6 +240,19 @@ def check_there(uri: str, manifest: Manifest) -> None:
         )
 
 
+def read_images(uri: str, labels: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """Label and image of the rows of a shard that have one of the labels, in their order."""
+    with storage.honest_errors(uri), storage.open_input(uri) as source:
+        file = pq.ParquetFile(source, pre_buffer=False)
+        for group in range(file.num_row_groups):
+            label = file.read_row_group(group, columns=["label"])["label"].to_numpy()
+            rows = np.flatnonzero(np.isin(label, labels))
+            if len(rows):
+                column = file.read_row_group(group, columns=["image.bytes"])["image"]
+                for row in rows.tolist():
+                    yield int(label[row]), column[row]["bytes"].as_py()
+
+
 class Check(NamedTuple):
     """What re-reading a shard found."""
 
@@ -245,7 +262,13 @@ class Check(NamedTuple):
 
 
 def check_shard(
-    uri: str, info: ShardInfo, classes: Sequence[ClassInfo], *, digest: str = ""
+    uri: str,
+    info: ShardInfo,
+    classes: Sequence[ClassInfo],
+    *,
+    digest: str = "",
+    encoding: str = "",
+    image_size: int = 0,
 ) -> Check:
     """Read the file of a shard again: digest, columns, rows, row groups, label range.
 
@@ -254,6 +277,8 @@ def check_shard(
         info: what it should be.
         classes: names of the labels.
         digest: the file's sha256, of a caller that has just read all of it.
+        encoding: what images should be stored as, to look at the first one of each row group.
+        image_size: their side.
     """
     nothing = np.zeros(0, np.int64)
     try:
@@ -261,12 +286,13 @@ def check_shard(
         if digest != info.sha256:
             return Check([f"{info.file}: sha256 is {digest}, not {info.sha256}"], nothing, nothing)
         with storage.honest_errors(uri), storage.open_input(uri) as source:
-            file = pq.ParquetFile(source)
+            file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
             if not file.schema_arrow.equals(schema(classes), check_metadata=True):
                 return Check([f"{info.file}: not the columns of a shard"], nothing, nothing)
             metadata = file.metadata
             groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             table = file.read(columns=["label", "id"])
+            looks = [_look(file, i) for i in range(len(groups))] if encoding else []
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, PermissionError) and storage.local_path(uri) is None:
             raise  # a store that refuses us does so with all shards
@@ -278,17 +304,31 @@ def check_shard(
             f"{info.file}: {table.num_rows} rows in row groups of {groups}, "
             f"not {info.rows} in {info.row_groups}"
         )
+    wrong = [look for look in looks if look != (encoding, image_size, image_size)]
+    if wrong:
+        kind, width, height = wrong[0]
+        problems.append(
+            f"{info.file}: an image is {kind} of {width} x {height}, and not {encoding} of "
+            f"{image_size} x {image_size}, as {MANIFEST} says"
+        )
     outside = label[(label < 0) | (label >= len(classes))]
     if len(outside):
         problems.append(f"{info.file}: label {outside[0]} is outside 0..{len(classes) - 1}")
     return Check(problems, label[(label >= 0) & (label < len(classes))], ids)
 
 
+def _look(file: pq.ParquetFile, group: int) -> tuple[str, int, int]:
+    """Encoding, width and height of the first image of a row group."""
+    batch = next(file.iter_batches(1, row_groups=[group], columns=["image.bytes"]))
+    return look(batch["image"][0]["bytes"].as_py() or b"")
+
+
 def verify(uri: str) -> list[str]:
     """Read all of a dataset folder again; what is wrong with it, in words.
 
     Digests, row counts, row groups, label range, rows per class, rejects, ids that occur twice,
-    and shards that the manifest does not name.
+    shards that the manifest does not name, card and contact sheet, and whether the images (the
+    first one of each row group) are of the manifest's encoding and size.
 
     Raises:
         FileNotFoundError: the folder has no manifest.
@@ -300,8 +340,11 @@ def verify(uri: str) -> list[str]:
     labels, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     with ThreadPoolExecutor(READERS) as pool:
         places = [storage.join(uri, info.file) for info in manifest.shards]
-        classes = [manifest.classes] * len(places)
-        for check in pool.map(check_shard, places, manifest.shards, classes):
+        check_one = functools.partial(
+            check_shard, classes=manifest.classes, encoding=manifest.encoding,
+            image_size=manifest.image_size,
+        )  # fmt: skip
+        for check in pool.map(check_one, places, manifest.shards):
             problems += check.problems
             labels.append(check.label)
             ids.append(check.id)
@@ -322,6 +365,11 @@ def verify(uri: str) -> list[str]:
         every_id = np.concatenate([every_id, rejected])
     seen, count = np.unique(every_id, return_counts=True)
     problems += [f"id {i} occurs {n} times" for i, n in zip(seen, count, strict=True) if n > 1][:10]
+    problems += [
+        f"{name}: it is missing"
+        for name in (CARD, CONTACT_SHEET)
+        if not storage.exists(storage.join(uri, name))
+    ]
     named = {info.file for info in manifest.shards}
     place = storage.join(uri, "data")
     data = storage.list_files(place) if storage.exists(place) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from io import BytesIO
@@ -147,6 +148,21 @@ def test_the_contact_sheet_shows_each_class_in_a_row(prepared: Path) -> None:
         colours = sheet.convert("RGB").getcolors(sheet.width * sheet.height)
     assert colours is not None
     assert len(colours) > 1000
+
+
+def test_the_contact_sheet_needs_no_source(tmp_path: Path) -> None:
+    sheets = {}
+    for name in ("kept", "gone"):
+        tree, output = _tree(tmp_path / name, 20), tmp_path / f"{name}-dataset"
+        asked = _interrupted(tree, output, 4)
+        classes = sources.open_source(str(tree)).classes
+        if name == "gone":
+            shutil.rmtree(tree)
+        job.publish({32: str(output)}, classes, asked, _config(tree, output))
+        sheets[name] = (output / "contact.png").read_bytes()
+    assert sheets["gone"] == sheets["kept"]
+    with Image.open(BytesIO(sheets["kept"])) as sheet:
+        assert sheet.width > 8 * 64  # eight of each class
 
 
 # The same bytes.

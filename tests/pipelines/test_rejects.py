@@ -229,7 +229,7 @@ def prepared_without_ray(source: Path, output: Path, size: int = SIZE) -> Path:
         job.begin(str(output), folders, asked, index)
     for number in range(asked.num_shards):
         job.write_shard(number, folders, opened.root, classes, asked)
-    job.publish(folders, opened.root, classes, asked, config, listed)
+    job.publish(folders, classes, asked, config)
     return output
 
 

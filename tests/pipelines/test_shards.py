@@ -11,7 +11,7 @@ import pytest
 
 from jitmodel.config import ClassInfo
 from pipelines import shards, storage
-from pipelines.images import encode
+from pipelines.images import encode, look
 from pipelines.shards import Manifest, Row, ShardInfo
 
 CLASSES = [ClassInfo(name="cat"), ClassInfo(name="tench, Tinca tinca", wnid="n01440764")]
@@ -46,6 +46,8 @@ def _publish(folder: Path, infos: list[ShardInfo], num_rows: int = 13) -> None:
     )  # fmt: skip
     storage.write_json(str(folder / "manifest.json"), manifest.model_dump())
     (folder / "rejects.parquet").write_bytes(shards.rejects_table([]))
+    for name in (shards.CARD, shards.CONTACT_SHEET):
+        (folder / name).touch()
 
 
 def test_a_shard_says_what_was_written(folder: Path) -> None:
@@ -164,3 +166,33 @@ def test_a_dataset_that_lacks_shards_is_told_without_reading_them(folder: Path, 
 
     with pytest.raises(ValueError, match=r"does not fit its manifest\.json: it names"):
         shards.check_there(str(folder), manifest)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image_size": 8}, "an image is png of 4 x 4, and not png of 8 x 8"),
+        ({"encoding": "webp"}, "an image is png of 4 x 4, and not webp of 4 x 4"),
+        ({"encoding": "raw"}, "an image is png of 4 x 4, and not raw of 4 x 4"),
+    ],
+)
+def test_verification_looks_whether_images_are_what_the_manifest_says(
+    folder: Path, changed: dict[str, object], message: str
+) -> None:
+    manifest = shards.read_manifest(str(folder)).model_copy(update=changed)
+    storage.write_json(str(folder / "manifest.json"), manifest.model_dump())
+    problems = shards.verify(str(folder))
+    assert len(problems) == 2  # shards
+    assert message in problems[0]
+
+
+@pytest.mark.parametrize("name", ["README.md", "contact.png"])
+def test_verification_misses_what_people_look_at(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert shards.verify(str(folder)) == [f"{name}: it is missing"]
+
+
+@pytest.mark.parametrize("encoding", ["png", "webp", "raw"])
+def test_a_stored_image_says_how_it_is_stored(encoding: str) -> None:
+    assert look(encode(np.zeros((3, 3, 3), np.uint8), encoding)) == (encoding, 3, 3)
+    assert look(b"no image") == ("?", 0, 0)
