@@ -39,6 +39,13 @@ INDEX_FILE = "index.arrow"
 READERS = 16
 """Entries that are read at once."""
 
+HINTS = {
+    "source_sha256": " (the list of images differs)",
+    "files_sha256": " (files of the source have other sizes or times of change)",
+    "class_names_sha256": " (the names of classes differ)",
+}
+"""What digests that differ mean."""
+
 # Fields of the config that say where and how to work, but not what comes out.
 ELSEWHERE = {"output", "verify", "dry_run", "workers"}
 
@@ -62,6 +69,9 @@ class Job(Request):
     """Digest of names and wnids: they are in the schema of each shard."""
     source_sha256: str
     """Digest of the list of images."""
+    files_sha256: str
+    """Digest of what tells the source's files from later ones. Only who goes on must find them
+    unchanged: equal files elsewhere make equal shards, so no manifest holds it."""
     versions: dict[str, str]
     """Versions of the tools that decide bytes."""
 
@@ -122,8 +132,11 @@ def classes_of(source: sources.Source, index: Index) -> list[ClassInfo]:
 
 def class_digest(classes: Sequence[ClassInfo]) -> str:
     """Digest of the names and wnids of classes, in their order."""
-    text = json.dumps([info.model_dump() for info in classes])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _digest([info.model_dump() for info in classes])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def describe(config: PrepareConfig, source: sources.Source, index: Path) -> Job:
@@ -136,6 +149,7 @@ def describe(config: PrepareConfig, source: sources.Source, index: Path) -> Job:
         num_classes=len(classes),
         class_names_sha256=class_digest(classes),
         source_sha256=shards.sha256(str(index)),
+        files_sha256=_digest(sorted(source.versions.items())),
         versions=versions(),
     )
     logger.info(
@@ -179,7 +193,8 @@ def refuse_another(output: str, folders: Mapping[int, str], ours: Request) -> No
             if name in theirs and _shown(theirs[name]) != now:
                 raise ValueError(
                     f"{place} was {verb} with {name} {_shown(theirs[name])}, and this is "
-                    f"{name} {now}: go on with what it was {verb} with, or choose another --output"
+                    f"{name} {now}{HINTS.get(name, '')}: go on with what it was {verb} with, or "
+                    "choose another --output"
                 )
 
 

@@ -62,6 +62,7 @@ from pipelines.job import (
     entries,
     folders_of,
     is_finished,
+    output_of,
     publish,
     refuse_another,
     refuse_strangers,
@@ -96,13 +97,15 @@ def run(config: PrepareConfig) -> None:
     folders = folders_of(output, config.image_size)
     with tempfile.TemporaryDirectory(prefix="jit-") as temporary:
         index = Path(temporary) / INDEX_FILE
-        if config.dry_run:
-            plan(config, source, index)
-            return
         refuse_another(
             output, folders, Request(**config.model_dump(include=set(Request.model_fields)))
         )
         done = is_finished(folders)
+        if not done:
+            refuse_strangers(output)
+        if config.dry_run:
+            plan(config, source, index, folders)
+            return
         cheap = not any(part.key for part in source.parts)
         remote = storage.local_path(source.root) is None
         # ImageNet's tar has a million headers: on S3 its name is enough for what is finished.
@@ -114,7 +117,6 @@ def run(config: PrepareConfig) -> None:
             logger.info("%s is finished already", output)
             return
         storage.check_writable(output)
-        refuse_strangers(output)
         with lease.claim(storage.join(output, WORK, "writer")) as held:
             if not is_finished(folders):
                 if not cheap:
@@ -179,8 +181,14 @@ def verify(uri: str) -> None:
 # What would be done.
 
 
-def plan(config: PrepareConfig, source: sources.Source, index: Path) -> None:
-    """Say what the command would do, from the source's list and a few of its images."""
+def plan(
+    config: PrepareConfig, source: sources.Source, index: Path, folders: Mapping[int, str]
+) -> None:
+    """Say what the command would do, from the source's list and a few of its images.
+
+    Raises:
+        ValueError: something else was made or begun in the output.
+    """
     parts = source.parts
     dear = storage.local_path(source.root) is None and any(part.key for part in parts)
     sampled = copy.copy(source)
@@ -189,14 +197,16 @@ def plan(config: PrepareConfig, source: sources.Source, index: Path) -> None:
         sampled.parts = [parts[i] for i in chosen]
     sources.write_index(sampled, index)
     listed = Index(index)
-    about = "" if len(sampled.parts) == len(parts) else "about "
     total = len(listed) * len(parts) // len(sampled.parts)
     classes = classes_of(source, listed)
-    logger.info(
-        "%s: %s%d images of %d classes -> %d shards of %d",
-        config.source, about, total, len(classes), -(-total // config.rows_per_shard),
-        config.rows_per_shard,
-    )  # fmt: skip
+    if len(sampled.parts) == len(parts):
+        refuse_another(output_of(folders), folders, describe(config, source, index))
+    else:
+        logger.info(
+            "%s: about %d images of %d classes -> %d shards of %d",
+            config.source, total, len(classes), -(-total // config.rows_per_shard),
+            config.rows_per_shard,
+        )  # fmt: skip
 
     started = time.monotonic()
     ids = np.unique(np.linspace(0, len(listed) - 1, SAMPLE_IMAGES).round().astype(int))
@@ -217,7 +227,7 @@ def plan(config: PrepareConfig, source: sources.Source, index: Path) -> None:
             break
     seconds = (time.monotonic() - started) / looked * total
     workers = config.workers or os.cpu_count() or 1
-    for size, folder in folders_of(config.output, config.image_size).items():
+    for size, folder in folders.items():
         logger.info("%s: about %.4g GB", folder, sizes[size] / looked * total / 1e9)
     logger.info(
         "%d images tried, %d of them cannot be used; about %.2g core-hours, %.2g hours with %d "

@@ -98,6 +98,9 @@ class Source(Protocol):
     parts: list[Part]
     skipped: list[Counter[str]]
     """What of the parts that were listed is no image, by ending: filled while they are listed."""
+    versions: dict[str, str]
+    """What tells the files of each part from later ones: sizes and times of change, or ETags.
+    Filled when they are listed, at the latest."""
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """Images of a part, sorted; their units count from 0."""
@@ -137,14 +140,18 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
             raise ValueError(f"{uri} means both Parquet files and tars: choose one kind")
         if matching[0].endswith(".tar"):
             return _open_tars(root, matching, chosen, named, one)
-        return ParquetFiles(root, matching, chosen, one)
+        return ParquetFiles(root, [f for f in files if f.relative in matching], chosen, one)
     folders, files = storage.list_folder(uri)
-    names: list[str] = []
+    tables = [f for f in files if f.relative.endswith(".parquet")]
     if "data" in folders:  # as on the Hub, and as prepared folders are
         below = storage.list_folder(storage.join(uri, "data"))[1]
-        names = [f"data/{f.relative}" for f in below if f.relative.endswith(".parquet")]
-    names = names or [f.relative for f in files if f.relative.endswith(".parquet")]
-    if names:
+        tables = [
+            f._replace(relative=f"data/{f.relative}")
+            for f in below
+            if f.relative.endswith(".parquet")
+        ] or tables
+    if tables:
+        names = [f.relative for f in tables]
         splits = {_split(name): name for name in sorted(names, reverse=True)}
         if len(splits) > 1:
             named_splits = ", ".join(sorted(split or "(unnamed)" for split in splits))
@@ -155,7 +162,7 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
             raise ValueError(
                 f"{uri} has the splits {named_splits}: choose one, such as --source '{example}'"
             )
-        return ParquetFiles(uri, names, chosen, one)
+        return ParquetFiles(uri, tables, chosen, one)
     archives = [f.relative for f in files if f.relative.endswith(".tar")]
     if archives:
         kinds = {re.sub(r"[-_.]?\d*\.tar$", "", name) for name in archives}
@@ -269,6 +276,7 @@ class Files:
         self.root, self.parts, self.classes, self.labels = root, parts, classes, labels
         self.in_tars = in_tars
         self.skipped: list[Counter[str]] = []
+        self.versions = {part.name: part.key for part in parts} if in_tars else {}
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """Images of a part: by path in folders, in their own order in tars.
@@ -307,10 +315,13 @@ class Files:
             found: Iterable[storage.FileEntry] = storage.walk(storage.join(self.root, part.file))
         else:
             _, found = storage.list_folder(self.root)
+        version = hashlib.sha256()
         for e in found:
             if _is_image(e.relative, skipped):
+                version.update(os.fsencode(f"{e.relative}\0{e.bytes}\0{e.changed}\0"))
                 place = f"{part.file}/{e.relative}" if part.file else e.relative
                 yield tars.Member(e.relative, -1, e.bytes, None), os.fsencode(place)
+        self.versions[part.name] = version.hexdigest()
 
     def _tar(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[tars.Member, bytes]]:
         hashes = array("q")
@@ -445,6 +456,7 @@ class WebDataset:
     def __init__(self, root: str, parts: list[Part], chosen: Sequence[Choice], one: bool) -> None:
         self.root, self.parts = root, parts
         self.skipped: list[Counter[str]] = []
+        self.versions = {part.name: part.key for part in parts}
         self.classes = [choice.info for choice in chosen]
         self.keys = {choice.key: i for i, choice in enumerate(chosen)}
         self.one = one
@@ -544,8 +556,12 @@ class ParquetFiles:
             the classes that are listed.
     """
 
-    def __init__(self, uri: str, names: Sequence[str], chosen: Sequence[Choice], one: bool) -> None:
-        self.root, self.parts = uri, [Part(name, name) for name in sorted(names)]
+    def __init__(
+        self, uri: str, files: Sequence[storage.FileEntry], chosen: Sequence[Choice], one: bool
+    ) -> None:
+        files = sorted(files, key=lambda file: file.relative)
+        self.root, self.parts = uri, [Part(file.relative, file.relative) for file in files]
+        self.versions = {file.relative: f"{file.bytes} {file.changed}" for file in files}
         self.one = one
         self.skipped: list[Counter[str]] = []
         self.layout = _hub_layout(uri, self.parts[0].file, one)

@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -287,6 +288,46 @@ def test_going_on_with_another_config_is_refused_with_both_values(
     with pytest.raises(ValueError, match=message):
         prepare.run(_config(tree, output, **change))
     assert _digests(output) == before
+
+
+@pytest.mark.parametrize("layout", ["tree", "parquet"])
+def test_going_on_with_pictures_that_changed_is_refused(tmp_path: Path, layout: str) -> None:
+    output = tmp_path / "dataset"
+    if layout == "tree":
+        source = _tree(tmp_path / "tree", 8)
+        changed = source / "red" / "000.png"
+        content = _photo(7)[: changed.stat().st_size].ljust(changed.stat().st_size, b"\0")
+    else:
+        source = changed = tmp_path / "a.parquet"
+        tables = [pa.table([[_photo(k), _photo(k + 9)] * 20, [0, 1] * 20], names=["image", "label"])
+                  for k in (0, 18)]  # fmt: skip
+        pq.write_table(tables[1], changed, compression="none")
+        content = changed.read_bytes()
+        pq.write_table(tables[0], changed, compression="none")
+    _interrupted(source, output, 1)
+    before = _digests(output)
+    changed.write_bytes(content)
+    message = "files of the source have other sizes or times of change"
+    with pytest.raises(ValueError, match=message):
+        prepare.run(_config(source, output))
+    assert _digests(output) == before
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(tree: Path, tmp_path: Path) -> None:
+    other, output = _tree(tmp_path / "other", 2), tmp_path / "dataset"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    _interrupted(tree, output, 1)
+    before = _digests(tmp_path)
+    for source, place, change, message in (
+        (other, output, {}, "was started with num_images 123, and this is num_images 6"),
+        (tree, output, {"seed": 4}, "was started with seed 3, and this is seed 4"),
+        (tree, tmp_path / "full", {}, "is not empty, and no preparation was started there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare.run(_config(source, place, dry_run=True, **change))
+    prepare.run(_config(tree, output, dry_run=True))
+    assert _digests(tmp_path) == before
 
 
 def test_going_on_with_other_class_names_is_refused(tree: Path, tmp_path: Path) -> None:
