@@ -126,31 +126,43 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
     one = classes == ONE
     chosen = class_list(classes) if classes else []
     named = label_file(labels) if labels else None
+    if one and named:
+        raise ValueError("--classes one makes one class of all images: leave --labels out")
     folder, _, pattern = uri.rpartition("/")
     if COMPRESSED_TAR.fullmatch(pattern):
         raise ValueError(f"{uri} is compressed, so that nothing in it can be found: decompress it")
-    if uri.endswith((".parquet", ".tar")) or "*" in pattern:
-        root = folder or ("/" if uri.startswith("/") else ".")
-        _, files = storage.list_folder(root)
-        matching = [f.relative for f in files if fnmatch.fnmatchcase(f.relative, pattern)]
-        matching = [name for name in matching if name.endswith((".parquet", ".tar"))]
+    is_file = uri.endswith((".parquet", ".tar")) or "*" in pattern
+    root = folder or ("/" if uri.startswith("/") else ".")
+    folders, files = storage.list_folder(root if is_file else uri)
+    if is_file and pattern in folders:
+        is_file, (folders, files) = False, storage.list_folder(uri)
+    packed = [f for f in files if f.relative.endswith((".parquet", ".tar"))]
+    if is_file:
+        matching = [f.relative for f in packed if f.relative == pattern]
+        packed = _visible(packed)
+        matching = matching or [
+            f.relative for f in packed if fnmatch.fnmatchcase(f.relative, pattern)
+        ]
         if not matching:
             raise FileNotFoundError(f"no Parquet file or tar at {uri}: check the path")
         if len({name.rpartition(".")[2] for name in matching}) > 1:
             raise ValueError(f"{uri} means both Parquet files and tars: choose one kind")
         if matching[0].endswith(".tar"):
             return _open_tars(root, matching, chosen, named, one)
+        _refuse_labels(uri, named)
         return ParquetFiles(root, [f for f in files if f.relative in matching], chosen, one)
-    folders, files = storage.list_folder(uri)
-    tables = [f for f in files if f.relative.endswith(".parquet")]
+    folders = [name for name in folders if not name.startswith(".")]
+    tables = []
     if "data" in folders:  # as on the Hub, and as prepared folders are
-        below = storage.list_folder(storage.join(uri, "data"))[1]
-        tables = [
-            f._replace(relative=f"data/{f.relative}")
-            for f in below
-            if f.relative.endswith(".parquet")
-        ] or tables
+        below = _visible(storage.list_folder(storage.join(uri, "data"))[1])
+        tables = [f._replace(relative=f"data/{f.relative}") for f in below
+                  if f.relative.endswith(".parquet")]  # fmt: skip
+    if not tables:
+        packed = _visible(packed)
+        _refuse_mixture(uri, folders, [f.relative for f in packed])
+        tables = [f for f in packed if f.relative.endswith(".parquet")]
     if tables:
+        _refuse_labels(uri, named)
         names = [f.relative for f in tables]
         splits = {_split(name): name for name in sorted(names, reverse=True)}
         if len(splits) > 1:
@@ -163,7 +175,7 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
                 f"{uri} has the splits {named_splits}: choose one, such as --source '{example}'"
             )
         return ParquetFiles(uri, tables, chosen, one)
-    archives = [f.relative for f in files if f.relative.endswith(".tar")]
+    archives = [f.relative for f in packed]
     if archives:
         kinds = {re.sub(r"[-_.]?\d*\.tar$", "", name) for name in archives}
         if len(kinds) > 1 and not _are_classes(archives):
@@ -175,10 +187,46 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
         return _open_tars(uri, archives, chosen, named, one)
     loose = [f.relative for f in files if f.relative.lower().endswith(IMAGE_SUFFIXES)]
     if one or (loose and (named or VALIDATION.fullmatch(loose[0]))):
-        parts = [Part(name, name) for name in folders if not name.startswith(".")]
+        parts = [Part(name, name) for name in folders]
         return Files(uri, [Part("", "loose images"), *parts] if loose else parts,
                      *_labelling(uri, chosen, named, one))  # fmt: skip
+    _refuse_labels(uri, named)
     return _folder_tree(uri, folders, chosen, len(loose))
+
+
+def _visible(files: Iterable[storage.FileEntry]) -> list[storage.FileEntry]:
+    """Files that are not hidden, as macOS hides what it knows about each other one."""
+    return [f for f in files if not f.relative.startswith(".")]
+
+
+def _refuse_mixture(uri: str, folders: Sequence[str], packed: Sequence[str]) -> None:
+    """Check that it is clear what in a folder holds the images.
+
+    Raises:
+        ValueError: there are several kinds of what may.
+    """
+    tables, archives = ([n for n in packed if n.endswith(e)] for e in (".parquet", ".tar"))
+    kinds = [kind for kind in (tables, archives, folders) if kind]
+    if packed and len(kinds) > 1:
+        one, other = kinds[0][0], kinds[1][0]
+        pattern = storage.join(uri, f"*.{one.rpartition('.')[2]}")
+        raise ValueError(
+            f"{uri} holds {one} beside {other}, and either may be the source: choose by "
+            f"--source '{pattern}', or move {one} away"
+        )
+
+
+def _refuse_labels(uri: str, named: Mapping[str, str] | None) -> None:
+    """Check that no labels were given for images that have some.
+
+    Raises:
+        ValueError: they were.
+    """
+    if named:
+        raise ValueError(
+            f"--labels is for images that lie together without classes, and those of {uri} have "
+            "classes: leave it out"
+        )
 
 
 def _split(name: str) -> str:
@@ -223,7 +271,6 @@ def _folder_tree(
     Raises:
         ValueError: there are no class folders, or they are splits and not classes.
     """
-    folders = [name for name in folders if not name.startswith(".")]
     if not folders:
         what = "its images lie in it directly" if num_loose else "it is empty"
         raise ValueError(
@@ -393,6 +440,7 @@ def _open_tars(
     """
     names = sorted(names)
     if _are_classes(names) and not one:
+        _refuse_labels(root, named)
         infos, places = _in_order(root, [name.removesuffix(".tar") for name in names], chosen)
         chosen_names = [names[at] for at in places]
         parts = [
@@ -401,20 +449,23 @@ def _open_tars(
         ]
         return Files(root, parts, infos, in_tars=True)
     flat = [Part(name, name, key=_tar_key(root, name, chosen, named)) for name in names]
-    begin = [posixpath.basename(m.name) for m in islice(_members(root, flat[0]), 1)]
+    begin, is_validation = "", False
+    for member in islice(_members(root, flat[0]), PEEK):
+        begin = begin or posixpath.basename(member.name)
+        ending = member.name.rpartition(".")[2].lower()
+        if ending == "tar":
+            _refuse_labels(root, named)
+            return _tar_of_tars(root, flat, chosen, one)
+        if ending in SAMPLE_LABELS and not named:
+            return WebDataset(root, flat, chosen, one)
+        if VALIDATION.fullmatch(posixpath.basename(member.name)):
+            is_validation = True
+            break
     if not begin:
         raise ValueError(f"{storage.join(root, names[0])} is an empty archive")
-    is_validation = VALIDATION.fullmatch(begin[0])
-    if not (named or is_validation):
-        for member in islice(_members(root, flat[0]), PEEK):
-            ending = member.name.rpartition(".")[2].lower()
-            if ending == "tar":
-                return _tar_of_tars(root, flat, chosen, one)
-            if ending in SAMPLE_LABELS:
-                return WebDataset(root, flat, chosen, one)
     if not (named or is_validation or one):
         raise ValueError(
-            f"{storage.join(root, names[0])} begins with {begin[0]!r} and has no labels: expected "
+            f"{storage.join(root, names[0])} begins with {begin!r} and has no labels: expected "
             "tars inside a tar, one a class; a WebDataset, whose images have .cls or .json beside "
             "them; or give --labels FILE, or --classes one"
         )
@@ -429,6 +480,10 @@ def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice], one
         for member in _members(root, part)
         if member.name.endswith(".tar") and not member.problem
     ]
+    hidden = [name for name, _, _ in inner if name.startswith(".")]
+    if hidden:
+        logger.warning("%s: left out %d hidden tars, such as %s.tar", root, len(hidden), hidden[0])
+        inner = [found for found in inner if not found[0].startswith(".")]
     inner.sort(key=lambda found: os.fsencode(found[0]))
     names = [name for name, _, _ in inner]
     twice = [name for name, count in Counter(names).items() if count > 1]

@@ -189,6 +189,69 @@ def test_webdataset_tars_bring_labels_in_cls_and_json(
     assert got["train-000.tar/00/y.png"] == ("goldfish", b)
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["cat/1.jpg", "dog/1.jpg", "backup.tar"], {},
+         r"holds backup\.tar beside cat, .*--source '.*/\*\.tar', or move backup\.tar away"),
+        (["data/1.jpg", "dog/1.jpg", "meta.parquet"], {}, r"holds meta\.parquet beside data"),
+        (["a.parquet", "a.tar"], {}, r"holds a\.parquet beside a\.tar"),
+        (["cat/1.jpg", "dog/1.jpg"], {"labels": "x 1"}, "--labels is for images that lie together"),
+        (["n01440764.tar"], {"labels": "x 1"}, "--labels is for images that lie together"),
+        (["1.jpg"], {"labels": "1 1", "classes": "one"}, "makes one class .* leave --labels out"),
+    ],
+)  # fmt: skip
+def test_what_is_not_clear_is_refused_with_both_names(
+    tmp_path: Path, names: list[str], options: dict[str, str], message: str
+) -> None:
+    for name in names:
+        storage.write_bytes(str(tmp_path / "root" / name), tar([("x.jpg", b"1"), ("x.cls", b"1")]))
+    if "labels" in options:
+        (tmp_path / "labels").write_text(options["labels"])
+        options = options | {"labels": str(tmp_path / "labels")}
+    with pytest.raises(ValueError, match=message):
+        found(str(tmp_path / "root"), tmp_path, **options)
+
+
+def test_labels_of_parquet_and_of_a_tar_of_tars_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text("x 1")
+    (tmp_path / "x.tar").write_bytes(tar([("a.tar", tar([("1.jpg", b"1")]))]))
+    for uri in (sources.__file__.replace("sources.py", "embedded/fashion-mnist-test.parquet"),
+                str(tmp_path / "x.tar")):  # fmt: skip
+        with pytest.raises(ValueError, match="--labels is for images that lie together"):
+            open_source(uri, labels=str(tmp_path / "labels"))
+
+
+def test_odd_names_and_hidden_files_do_no_harm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = tar([("1.png", b"1")])
+    mac = b"\0\5\26\7" + bytes(200)
+    cases: dict[str, tuple[str, Tar, dict[str, str]]] = {
+        "hidden": ("mac.tar", [("._n01440764.tar", mac), ("n01440764.tar", inner)],
+                   {"n01440764/1.png": "n01440764"}),
+        "licence": ("val.tar", [("LICENSE", b""), ("val/ILSVRC2012_val_00000001.JPEG", b"1")],
+                    {"val.tar/val/ILSVRC2012_val_00000001.JPEG": "n01751748"}),
+        "brackets": ("train[1].tar", [("a.tar", inner)], {"a/1.png": "a"}),
+    }  # fmt: skip
+    for name, members, expected in cases.values():
+        (tmp_path / name).write_bytes(tar(members))
+        _, got = found(str(tmp_path / name), tmp_path)
+        assert {path: label for path, (label, _) in got.items()} == expected, name
+    assert "left out 1 hidden tars, such as ._n01440764.tar" in caplog.text
+
+    for name in ("tree/a.tar/1.png", "tree/b/1.png", "tars/.x.tar", "tars/n01440764.tar"):
+        content = inner if name.endswith("4.tar") else mac
+        storage.write_bytes(str(tmp_path / name), content)
+    for uri, expected in (("tree", {"a.tar/1.png": "a.tar", "b/1.png": "b"}),
+                          ("tars", {"n01440764/1.png": "n01440764"})):  # fmt: skip
+        _, got = found(str(tmp_path / uri), tmp_path)
+        assert {path: label for path, (label, _) in got.items()} == expected
+    storage.write_bytes(str(tmp_path / "folder.tar" / "a" / "1.png"), b"1")
+    _, got = found(str(tmp_path / "folder.tar"), tmp_path)
+    assert list(got) == ["a/1.png"]
+
+
 def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "classes").write_text("a\tcrane\nb\tcrane\nn02012849\tcrane\nd\n")
     names = [choice.info.name for choice in class_list(str(tmp_path / "classes"))]
