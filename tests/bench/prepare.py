@@ -240,18 +240,58 @@ def memory() -> dict:
         tree = tree_of(folder / "full", 11)
         got = prepared(tree, folder / "o256", image_size=256)
         rows.append(_memory_row("256 px, 1024 photographs a shard", got))
-        got = prepared(tree, folder / "o512", image_size=512, rows_per_shard=512)
-        rows.append(_memory_row("512 px, 512 photographs a shard", got))
-        huge = folder / "huge" / "a"
-        huge.mkdir(parents=True)
-        noise = np.random.default_rng(0).integers(0, 256, (945, 946, 3), np.uint8)
-        for i, mode in enumerate(["RGB", "CMYK"]):  # 9450 x 9460: the largest that are decoded
-            large = Image.fromarray(noise).resize((9460, 9450)).convert(mode)
-            large.save(huge / f"{i}.jpg", quality=80)
-        got = prepared(tree := huge.parent, folder / "ohuge", image_size=512)
-        rows.append(_memory_row("JPEGs of 89 million pixels, RGB and CMYK", got))
-        del tree
+        got = prepared(tree, folder / "o512", image_size=512, encoding="raw")
+        rows.append(_memory_row("512 px, raw, 1024 photographs a shard", got))
+        got = prepared(tree, folder / "o1024", image_size=1024, encoding="raw")
+        rows.append(_memory_row("1024 px, raw, 1024 photographs a shard", got))
+        got = prepared(huge_images(folder / "huge"), folder / "ohuge", image_size=512)
+        rows.append(_memory_row("the largest images that are decoded, 11 kinds", got))
+        got = prepared(one_row_group(folder / "group"), folder / "ogroup", image_size=512)
+        rows.append(_memory_row("Parquet, one row group of 1.5 GB", got))
     return {"title": "Most memory (resident, MB)", "rows": rows}
+
+
+HUGE: dict[str, tuple[str, float, dict]] = {
+    "rgb.jpg": ("RGB", 89.4, {"quality": 80}),
+    "grey.jpg": ("L", 89.4, {"quality": 80}),
+    "cmyk.jpg": ("CMYK", 79.9, {"quality": 80}),
+    "progressive.jpg": ("RGB", 63.9, {"progressive": True, "subsampling": 0}),
+    "progressive-cmyk.jpg": ("CMYK", 53.2, {"progressive": True}),
+    "rgb.png": ("RGB", 89.4, {"compress_level": 1}),
+    "rgba.png": ("RGBA", 79.9, {"compress_level": 1}),
+    "x.bmp": ("RGB", 22.3, {}),
+    "x.gif": ("P", 89.4, {}),
+    "lossy.webp": ("RGB", 37.6, {"quality": 50, "method": 0}),
+    "lossless.webp": ("RGB", 37.6, {"lossless": True, "quality": 0, "method": 0}),
+}
+"""The most million pixels that are decoded of each kind of file, and how it is saved."""
+
+
+def huge_images(folder: Path) -> Path:
+    """One class of the largest images that are decoded, smooth enough to be files below 64 MiB."""
+    (folder / "a").mkdir(parents=True)
+    noise = Image.effect_noise((500, 500), 40).convert("RGB")
+    for name, (mode, million, options) in HUGE.items():
+        side = int((million * 1e6) ** 0.5)
+        large = noise.resize((side, side))
+        large = large.quantize(64) if mode == "P" else large.convert(mode)
+        large.save(folder / "a" / name, **options)
+    return folder
+
+
+def one_row_group(folder: Path) -> Path:
+    """10,000 photographs in one row group of Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    some = photographs()
+    rows = [some[i % len(some)] for i in range(10_000)]
+    folder.mkdir()
+    schema = pa.schema([("image", pa.large_binary()), ("label", pa.int64())])
+    table = pa.table([rows, [0] * len(rows)], schema=schema)
+    pq.write_table(table, folder / "a.parquet", compression="none", use_dictionary=False,
+                   row_group_size=len(rows))  # fmt: skip
+    return folder
 
 
 def _memory_row(what: str, got: dict) -> dict:
