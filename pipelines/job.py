@@ -241,7 +241,12 @@ def begin(output: str, folders: Mapping[int, str], job: Job, index: Path) -> Non
 
 
 def entries(folders: Mapping[int, str], job: Job) -> Iterator[tuple[int, ShardEntry]]:
-    """Entries of the shards that are there, with their numbers, one after the other."""
+    """Entries of the shards that are there, with their numbers, one after the other.
+
+    A shard counts if it has the bytes that its entry says. It was published whole and by us, and
+    its entry after it, so that its content is not read again: that would take as long as --verify,
+    which finds what others did to it.
+    """
     output = output_of(folders)
     folder = storage.join(output, WORK, "shards")
     if not storage.exists(folder):

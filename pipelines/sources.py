@@ -815,7 +815,7 @@ def read_images(root: str, refs: Sequence[ImageRef]) -> Iterator[tuple[int, byte
         Position in `refs`, and the bytes or the reason; in the order that is cheapest to read.
 
     Raises:
-        OSError: the store fails, or refuses us: no fault of an image.
+        OSError: the store fails, or refuses us, or all of these images: no fault of one.
     """
     groups: dict[tuple[bytes, int], list[int]] = {}
     whole = []
@@ -831,14 +831,32 @@ def read_images(root: str, refs: Sequence[ImageRef]) -> Iterator[tuple[int, byte
     elif whole:
         with ThreadPoolExecutor(READ_AHEAD) as pool:
             found = ahead(
-                pool, lambda i: _read_range(root, refs[i]), whole, READ_AHEAD,
+                pool, lambda i: _read_or_refusal(root, refs[i]), whole, READ_AHEAD,
                 lambda i: refs[i].length, READ_AHEAD_BYTES,
             )  # fmt: skip
-            yield from zip(whole, found, strict=True)
+            refused: dict[int, storage.ObjectRefused] = {}
+            is_open = False
+            for i, image in zip(whole, found, strict=True):
+                if isinstance(image, storage.ObjectRefused):
+                    refused[i] = image
+                else:
+                    is_open = is_open or isinstance(image, bytes)
+                    yield i, image
+            for i, error in refused.items():
+                if not is_open:
+                    raise error
+                yield i, "unreadable: the store refuses it"
     for (file, group), positions in sorted(groups.items()):
         rows = {refs[i].first: i for i in positions}
         for row, image in _read_rows(storage.join(root, os.fsdecode(file)), group, set(rows)):
             yield rows[row], image
+
+
+def _read_or_refusal(root: str, ref: ImageRef) -> bytes | str | storage.ObjectRefused:
+    try:
+        return _read_range(root, ref)
+    except storage.ObjectRefused as error:
+        return error
 
 
 def _read_range(root: str, ref: ImageRef) -> bytes | str:

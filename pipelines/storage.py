@@ -88,6 +88,10 @@ class ShortRead(OSError):
     """A file has fewer bytes than it was said to have."""
 
 
+class ObjectRefused(PermissionError):
+    """The store refuses one object, such as one that is archived; perhaps not the others."""
+
+
 class FileEntry(NamedTuple):
     """A file that was found in a folder."""
 
@@ -766,9 +770,12 @@ def _refused(uri: str, code: str) -> PermissionError:
             f"the credentials for {uri} have expired ({code}): renew them and run the same command "
             "again"
         )
-    return PermissionError(
+    kind = ObjectRefused if code in ("AccessDenied", "InvalidObjectState") else PermissionError
+    return kind(
         f"{uri}: the store refuses the credentials ({code}): check AWS_ACCESS_KEY_ID, AWS_PROFILE "
         "or the role, and the bucket's policy"
+        if code != "InvalidObjectState"
+        else f"{uri} is archived ({code}): restore it"
     )
 
 

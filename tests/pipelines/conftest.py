@@ -35,6 +35,8 @@ class FaultyStore(ThreadingHTTPServer):
         self.seen: Counter[str] = Counter()
         self.code_after: tuple[int, str] | None = None
         """From this many requests on, all are refused with this code."""
+        self.denied: str | None = None
+        """What the paths of objects hold that may not be read."""
 
     @property
     def endpoint(self) -> str:
@@ -76,6 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
                 status, code = 400, self.server.code_after[1]
             text = b"" if self.command == "HEAD" else ERROR.format(code=code).encode()
             self._answer(status, [("Content-Type", "application/xml")], len(text), text)
+            return
+        if self.server.denied and self.server.denied in self.path and self.command == "GET":
+            text = ERROR.format(code="AccessDenied").encode()
+            self._answer(403, [("Content-Type", "application/xml")], len(text), text)
             return
         store = http.client.HTTPConnection(self.server.store, timeout=60)
         headers = dict(self.headers.items())  # with the Host that was signed

@@ -22,6 +22,7 @@ from PIL import Image
 
 from pipelines import job, lease, prepare, shards, sources, storage
 from pipelines.config import PrepareConfig
+from pipelines.index import Index
 
 NUM_IMAGES = 3 * 40
 
@@ -148,6 +149,26 @@ def test_credentials_that_expire_are_one_line_and_new_ones_go_on(
     assert done.returncode == 0, done.stderr
     assert "going on with what was interrupted" in done.stderr
     assert _digests(f"{root}/dataset") == _digests(str(local))
+
+
+def test_an_object_that_may_not_be_read_is_a_reject_unless_none_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty_store: Any,
+    faulty_environment: dict[str, str],
+) -> None:  # fmt: skip
+    _point_to(faulty_environment, monkeypatch)
+    faulty_store.slow_down = faulty_store.reset = faulty_store.truncate = 0.0
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    for i in range(3):
+        storage.write_bytes(f"{root}/a/{i}.png", b"image %d" % i)
+    source = sources.open_source(root)
+    sources.write_index(source, tmp_path / "index")
+    refs = Index(tmp_path / "index").refs(range(3))
+    faulty_store.denied = "/a/1.png"
+    found = dict(sources.read_images(root, refs))
+    assert found == {0: b"image 0", 1: "unreadable: the store refuses it", 2: b"image 2"}
+    faulty_store.denied = "/a/"
+    with pytest.raises(PermissionError, match=r"refuses the credentials \(AccessDenied\)"):
+        list(sources.read_images(root, refs))
 
 
 @pytest.mark.ray
