@@ -433,6 +433,8 @@ class EvaluateConfig(StageConfig):
     convention) for each chunk."""
     workers: int = Field(0, ge=0)
     """Sampling processes; 0 means one for each CPU or GPU of the cluster."""
+    mix_devices: bool = False
+    """Let devices of several kinds draw, though they round differently: the report will tell."""
 
 
 class GridConfig(Config):

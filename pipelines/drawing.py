@@ -64,7 +64,8 @@ class Plan(Config):
     """Side to which the drawn pixels are resized (Pillow, bicubic) before they are judged."""
     compile: bool = False
     """Whether the network is compiled, which may round differently."""
-    device: Literal["cpu", "cuda"]
+    device: str
+    """Kind of device that the drawing began on: others may round differently."""
     torch: str
     """Version that draws: another one may round differently."""
     code: str

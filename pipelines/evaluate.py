@@ -25,7 +25,9 @@ from collections.abc import Iterator
 
 from pipelines import evaluation, lease, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, StageFailed, require
+from pipelines.drawing import Plan
 from pipelines.evaluation import (
+    DRAWN_BY,
     WRITER,
     Job,
     SampleWorker,
@@ -109,40 +111,49 @@ def run(config: EvaluateConfig) -> None:
     stored = stored_plan(config.output)
     if stored:
         # What has been drawn is judged anywhere, so what draws matters only for drawing.
-        plan = here.model_copy(update=stored.model_dump(include={"device", "torch", "code"}))
+        plan = here.model_copy(update=stored.model_dump(include=set(DRAWN_BY)))
         refuse_another(config.output, stored, plan)
-    job = Job(source, plan, storage.absolute(config.output), config.keep_images)
+    output = storage.absolute(config.output)
+    job = Job(source, plan, output, config.keep_images, config.mix_devices)
     missing = missing_chunks(job) if stored else list(range(plan.num_chunks))
     seconds = 0.0
     if missing:
+        if stored:
+            refuse_another(config.output, stored, here.model_copy(update={"device": stored.device}))
         connect()
         storage.check_writable(config.output)
         workers, gpu = fleet(config.workers, len(missing))
-        device = "cuda" if gpu else "cpu"
-        plan = here.model_copy(update={"device": device})
-        if stored:
-            refuse_another(config.output, stored, plan)
-        job = job._replace(plan=plan)
         with explained(config.output), lease.claim(storage.join(config.output, WRITER)):
-            seconds = draw_chunks(config, job, missing, workers, gpu)
+            job, seconds = draw_chunks(config, job, stored, missing, workers, gpu)
             storage.delete(storage.join(config.output, WRITER))
     evaluation.write_evaluation(job, config, reference, extractor, seconds)
 
 
 def draw_chunks(
-    config: EvaluateConfig, job: Job, chunks: list[int], workers: int, gpu: bool
-) -> float:
-    """Draw these chunks by a fleet of workers; the seconds that it took."""
+    config: EvaluateConfig, job: Job, stored: Plan | None, chunks: list[int], workers: int,
+    gpu: bool,
+) -> tuple[Job, float]:  # fmt: skip
+    """Draw these chunks by a fleet of workers; the job on their device, and the seconds it took.
+
+    Raises:
+        ValueError: the workers' kind of device is another one than the folder's, or than that of
+            their first, and they may not be mixed.
+    """
     total = job.plan.num_images
     to_draw = sum(len(job.plan.rows(chunk)) for chunk in chunks)
     if to_draw < total:
         logger.info("%d of %d images are there already", total - to_draw, total)
     with Pool(SampleWorker, config.extractor, config.weights, workers=workers, gpu=gpu) as pool:
+        if not (stored and config.mix_devices):
+            device = pool.started[0].device
+            job = job._replace(plan=job.plan.model_copy(update={"device": device}))
+        if stored:
+            refuse_another(config.output, stored, job.plan)
         write_plan(job.output, job.plan, config.model_dump(mode="json"))
         progress = Progress("drew", total, total - to_draw)
         for _, images in pool.map((job, chunk) for chunk in chunks):
             progress.add(images)
-    return time.monotonic() - progress.start
+    return job, time.monotonic() - progress.start
 
 
 def run_reference(config: ReferenceConfig) -> None:

@@ -32,6 +32,7 @@ from pipelines.drawing import (
     Plan,
     channels_last,
     code_sha256,
+    device_name,
     differences,
     draw,
     part_uri,
@@ -50,6 +51,9 @@ from pipelines.versions import tool_versions
 logger = logging.getLogger(__name__)
 
 PLAN, IMAGES, WRITER = "plan.json", "images", "writer"
+DRAWN_BY = ("device", "torch", "code")
+"""Fields of a plan that say on what and by which programs it is drawn."""
+MIX = "--mix-devices, which the report will tell"
 
 
 class Job(NamedTuple):
@@ -59,6 +63,20 @@ class Job(NamedTuple):
     plan: Plan
     output: str
     keep_images: KeepImages = "none"
+    mix_devices: bool = False
+    """Whether devices of other kinds than the plan's may draw."""
+
+
+class Card(NamedTuple):
+    """What a worker says of itself when it starts."""
+
+    process: int
+    node: str
+    device: str
+    """Its kind."""
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.node}, {self.device}"
 
 
 def pick_device() -> torch.device:
@@ -77,14 +95,24 @@ class SampleWorker:
         self.loaded: tuple[str, str, bool] | None = None
         self.model: JiT
 
-    def start(self) -> str:
+    def start(self) -> Card:
         self.device = pick_device()
         self.extractor = get_extractor(self.extractor_name, self.weights, self.device)
-        return f"process {os.getpid()} on {platform.node()}, {self.device.type}"
+        self.card = Card(os.getpid(), platform.node(), device_name(self.device))
+        return self.card
 
     def hold(self, job: Job) -> None:
-        """Load the model of a job, unless it is the one that is held."""
+        """Load the model of a job, unless it is the one that is held.
+
+        Raises:
+            ValueError: other devices than this one began to draw, and they may not be mixed.
+        """
         plan = job.plan
+        if plan.device != self.card.device and not job.mix_devices:
+            raise ValueError(
+                f"{self.card} would draw what {plan.device} began in {job.output}, and round "
+                f"differently. Choose workers of one kind, or {MIX}"
+            )
         wanted = (plan.weights_sha256, plan.precision, plan.compile)
         if wanted != self.loaded:
             self.model = store_as_computed(load_model(job.source, self.device), plan.precision)
@@ -122,7 +150,7 @@ def resize_to(config: EvaluateConfig, reference: Reference, image_size: int) -> 
 def make_plan(
     config: EvaluateConfig, source: Source, extractor: Identity, resize: int | None = None
 ) -> Plan:
-    """The plan that a config and a model make, for a CPU.
+    """The plan that a config and a model make, for this machine's CPU.
 
     Args:
         config: what is asked for.
@@ -147,7 +175,7 @@ def make_plan(
         extractor=extractor.as_dict(),
         resize=resize,
         compile=config.compile,
-        device="cpu",
+        device=device_name(torch.device("cpu")),
         torch=torch.__version__,
         code=code_sha256(),
     ).check()
@@ -191,8 +219,13 @@ def refuse_another(output: str, stored: Plan, plan: Plan) -> None:
     if lines:
         raise ValueError(
             f"{storage.join(output, PLAN)} holds another plan: {'; '.join(lines)}. "
-            "Choose another --output, or the same settings."
+            f"Choose another --output, or the same settings{or_mix(lines)}."
         )
+
+
+def or_mix(lines: list[str]) -> str:
+    """The way out where nothing but the kind of device differs."""
+    return f", or {MIX}" if all(line.startswith("device is ") for line in lines) else ""
 
 
 @contextmanager

@@ -30,7 +30,9 @@ MAX_DEATHS = 3
 class Worker(Protocol):
     """What a pool runs: made cheaply, started once, then given one item after the other."""
 
-    def start(self) -> str: ...
+    def start(self) -> Any:
+        """Get ready; what it answers, the worker's card, is logged and kept in `started`."""
+        ...
 
     def run(self, item: Any) -> Any: ...
 
@@ -47,6 +49,8 @@ class Pool:
         self.workers = workers
         self.running: dict[Any, tuple[Any, Any]] = {}  # answer to come -> actor and its item
         self.idle: list[Any] = []
+        self.started: list[Any] = []
+        """What the workers answered when they started, the first one first."""
         self.deaths = 0
 
     def __enter__(self) -> Self:
@@ -110,6 +114,7 @@ class Pool:
         self.idle.append(actor)
         if item is None:
             logger.info("worker: %s", result)
+            self.started.append(result)
             return None, None, False
         self.deaths = 0
         return item, result, True

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -34,15 +35,18 @@ import torch
 from jitmodel.config import SamplerConfig
 from pipelines import evaluation, lease, storage, sweep_report
 from pipelines.config import EvaluateConfig, SamplerChoice, SweepConfig, require
-from pipelines.drawing import Plan, device_name, differences, draw_batch
+from pipelines.drawing import Plan, differences, draw_batch
 from pipelines.evaluation import (
+    DRAWN_BY,
     PLAN,
     WRITER,
+    Card,
     Job,
     SampleWorker,
     explained,
     make_plan,
     missing_chunks,
+    or_mix,
     refuse_another,
     resize_to,
     stored_plan,
@@ -60,7 +64,6 @@ from pipelines.versions import tool_versions
 logger = logging.getLogger(__name__)
 
 RESULT, REPORT = "cell.json", "report.json"
-DRAWN_BY = ("device", "torch", "code")
 SCALES = tuple(round(1 + 0.1 * i, 1) for i in range(31))
 INTERVALS = ((0.0, 1.0), (0.1, 1.0))
 PROBE_IMAGES = 8
@@ -83,7 +86,7 @@ class SweepWorker:
     def __init__(self, extractor: str, weights: str) -> None:
         self.worker = SampleWorker(extractor, weights)
 
-    def start(self) -> str:
+    def start(self) -> Card:
         return self.worker.start()
 
     def run(self, item: tuple[Job, int | None]) -> tuple[int, float] | Speed:
@@ -113,7 +116,7 @@ def measure(worker: SampleWorker, plan: Plan) -> Speed:
         drawn = time.monotonic()
         worker.extractor(pixels)[0].cpu()
         judged = time.monotonic()
-    return Speed((drawn - start) / (2 * size), (judged - drawn) / size, device_name(worker.device))
+    return Speed((drawn - start) / (2 * size), (judged - drawn) / size, worker.card.device)
 
 
 class Sweep(NamedTuple):
@@ -157,14 +160,16 @@ class Sweep(NamedTuple):
         """A cell's folder, and what it shall hold."""
         output = storage.join(self.config.output, "cells", cell.name)
         config = self.cell_config(cell, output, self.config.cell_images)
-        return Job(self.sources[cell.ema], self.plan(config, cell), output)
+        plan = self.plan(config, cell)
+        return Job(self.sources[cell.ema], plan, output, mix_devices=config.mix_devices)
 
     def winner_job(self, cell: Cell) -> tuple[Job, EvaluateConfig]:
         """The winner's evaluation, if this cell is it."""
         output = storage.join(self.config.output, "winner", cell.name)
         config = self.cell_config(cell, output, self.config.num_images)
         plan = self.plan(config, cell)
-        return Job(self.sources[cell.ema], plan, output, config.keep_images), config
+        source = self.sources[cell.ema]
+        return Job(source, plan, output, config.keep_images, config.mix_devices), config
 
     def shared(self) -> dict[str, Any]:
         """What must stay as it is for the cells of a folder to be comparable."""
@@ -200,15 +205,16 @@ def run(config: SweepConfig) -> None:
     output = sweep.config.output
     if not stored:
         connect()
-        _, gpu = fleet(config.workers, 1)
-        sweep = sweep._replace(drawn_by={"device": "cuda" if gpu else "cpu"})
+        fleet(config.workers, 1)
     storage.check_writable(output)
     place = storage.join(output, WRITER)
     with explained(output), lease.claim(place):
-        content = {"plan": sweep.shared(), "config": config.model_dump(mode="json")}
-        storage.write_json(storage.join(output, PLAN), {**content, "versions": tool_versions()})
         with ExitStack() as stack:
-            crew = Crew(sweep, stack)
+            crew = Crew(config, stack)
+            if not stored:
+                sweep = sweep._replace(drawn_by={"device": crew.device})
+            content = {"plan": sweep.shared(), "config": config.model_dump(mode="json")}
+            storage.write_json(storage.join(output, PLAN), {**content, "versions": tool_versions()})
             results = search(sweep, crew)
             winner = best(results, sweep.extractor.distance)
             logger.info("winner: %s, evaluated at %d images", winner.name, config.num_images)
@@ -295,7 +301,7 @@ def time_lines(sweep: Sweep) -> list[str]:
     cells = all_cells(sweep.lines)
     workers, gpu = fleet(config.workers, config.num_images)
     with Pool(SweepWorker, config.extractor, config.weights, workers=1, gpu=gpu) as pool:
-        (_, speed), *_ = pool.map([(sweep.cell_job(cells[0]), None)])
+        (_, speed), *_ = pool.map([(sweep.cell_job(cells[0])._replace(mix_devices=True), None)])
     each = sorted(sweep.cell_job(cell).plan.network_evaluations() for cell in cells)
     most = most_cells(sweep.lines, config.search)
     there = [cell for cell in cells if stored_result(sweep, sweep.cell_job(cell))]
@@ -347,18 +353,42 @@ def refuse_another_sweep(sweep: Sweep, stored: dict[str, Any]) -> None:
     if lines:
         raise ValueError(
             f"{storage.join(sweep.config.output, PLAN)} holds another sweep: {'; '.join(lines)}. "
-            "Choose another --output, or the same settings."
+            f"Choose another --output, or the same settings{or_mix(lines)}."
         )
 
 
 class Crew:
-    """The workers of a sweep, started when the first chunk is missing and then kept."""
+    """The workers of a sweep, started when they are first needed and then kept."""
 
-    def __init__(self, sweep: Sweep, stack: ExitStack) -> None:
-        self.sweep, self.stack = sweep, stack
-        self.pool: Pool | None = None
+    def __init__(self, config: SweepConfig, stack: ExitStack) -> None:
+        self.config, self.stack = config, stack
 
-    def draw(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, int, float]]:
+    @cached_property
+    def pool(self) -> Pool:
+        """The workers, the first of which has started."""
+        config = self.config
+        connect()
+        chunks = -(-config.num_images // (config.batch * config.chunk_batches))
+        workers, gpu = fleet(config.workers, chunks)
+        pool = Pool(SweepWorker, config.extractor, config.weights, workers=workers, gpu=gpu)
+        return self.stack.enter_context(pool)
+
+    @property
+    def device(self) -> str:
+        """Kind of device that the first worker has."""
+        device: str = self.pool.started[0].device
+        return device
+
+    def check(self, sweep: Sweep) -> None:
+        """Refuse to go on with programs or devices that round differently.
+
+        Raises:
+            ValueError: naming both.
+        """
+        device = sweep.drawn_by["device"] if self.config.mix_devices else self.device
+        refuse_another_sweep(sweep._replace(drawn_by={"device": device}), sweep.shared())
+
+    def draw(self, sweep: Sweep, jobs: Iterable[Job]) -> Iterator[tuple[Job, int, float]]:
         """Draw what is missing of these jobs.
 
         Yields:
@@ -379,6 +409,7 @@ class Crew:
         yield from ((job, 0, 0.0) for job, chunks in missing.values() if not chunks)
         if not items:
             return
+        self.check(sweep)
         for job, chunks in missing.values():
             if chunks:
                 write_plan(job.output, job.plan, {})
@@ -386,24 +417,13 @@ class Crew:
         to_draw = sum(len(job.plan.rows(chunk)) for job, chunk in items)
         progress = Progress("drew", total, total - to_draw)
         images, seconds = Counter[str](), Counter[str]()
-        for (job, _), (number, taken) in self._pool(len(items)).map(items):
+        for (job, _), (number, taken) in self.pool.map(items):
             progress.add(number)
             images[job.output] += number
             seconds[job.output] += taken
             left[job.output] -= 1
             if not left[job.output]:
                 yield job, images[job.output], seconds[job.output]
-
-    def _pool(self, items: int) -> Pool:
-        if self.pool is None:
-            config = self.sweep.config
-            connect()
-            workers, gpu = fleet(config.workers, items)
-            here = self.sweep._replace(drawn_by={"device": "cuda" if gpu else "cpu"})
-            refuse_another_sweep(here, self.sweep.shared())
-            pool = Pool(SweepWorker, config.extractor, config.weights, workers=workers, gpu=gpu)
-            self.pool = self.stack.enter_context(pool)
-        return self.pool
 
 
 def search(sweep: Sweep, crew: Crew) -> dict[Cell, dict[str, Any]]:
@@ -432,7 +452,7 @@ def compute(sweep: Sweep, cells: list[Cell], crew: Crew) -> dict[Cell, dict[str,
         logger.info("%d of %d cells are there already", len(cells) - len(by_output), len(cells))
     judged: dict[Cell, Future[dict[str, Any]]] = {}
     with ThreadPoolExecutor(1) as thread:
-        for job, images, seconds in crew.draw(jobs[cell] for cell in by_output.values()):
+        for job, images, seconds in crew.draw(sweep, (jobs[cell] for cell in by_output.values())):
             cell = by_output[job.output]
             judged[cell] = thread.submit(judge_cell, sweep, cell, job, images, seconds)
     return {cell: result or judged[cell].result() for cell, result in found.items()}
@@ -501,7 +521,7 @@ def evaluate_winner(sweep: Sweep, cell: Cell, crew: Crew) -> tuple[dict[str, Any
     if timing and storage.exists(there):
         return storage.read_json(there), timing
     start = time.monotonic()
-    ((_, images, seconds),) = crew.draw([job])
+    ((_, images, seconds),) = crew.draw(sweep, [job])
     elapsed = time.monotonic() - start
     found = write_evaluation(job, config, sweep.reference, sweep.extractor, elapsed)
     timing = {

@@ -536,6 +536,32 @@ def test_a_disk_that_fills_up_is_said_in_one_sentence_and_what_is_finished_is_ke
 
 @pytest.mark.slow
 @pytest.mark.ray
+def test_other_instructions_of_the_processor_are_another_device(
+    artifact: Path, reference: Path, drawn_alone: str, tmp_path: Path, short_tmp: Path
+):
+    command = evaluate_command(short_tmp, artifact, reference, tmp_path, 2)
+    subprocess.run(command, check=True, capture_output=True)
+    for lost in sorted((tmp_path / "features").iterdir())[10:20]:
+        lost.unlink()
+    plain = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, env=plain)
+
+    here = device_name(torch.device("cpu"))
+    other = f"{here.split()[0]} DEFAULT"
+    assert refused.returncode == 2
+    assert f"device is {here} there, {other} here" in refused.stderr
+    assert "or --mix-devices, which the report will tell" in refused.stderr
+    assert len(list((tmp_path / "features").iterdir())) == 50
+
+    subprocess.run([*command, "--mix-devices"], check=True, capture_output=True, env=plain)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["identity"]["devices"] == sorted([here, other])
+    assert any("drawn on different devices" in warning for warning in report["warnings"])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_an_evaluation_into_a_store_that_fails_has_the_same_pixels(
     artifact: Path,
     reference: Path,

@@ -190,6 +190,24 @@ def test_a_worker_takes_up_jobs_of_different_plans_in_turn(
     assert read_part(part_uri(first.output, 0), second.plan, 0) is None  # of another plan
 
 
+def test_a_device_that_rounds_differently_draws_only_where_mixing_is_allowed(
+    artifact: Path, worker: SampleWorker, tmp_path: Path
+):
+    job = make_job(artifact, tmp_path)
+    elsewhere = job._replace(plan=job.plan.model_copy(update={"device": "riscv64 RVV"}))
+
+    with pytest.raises(
+        ValueError, match=rf"{worker.card.device} would draw what riscv64 RVV .* --m"
+    ):
+        worker.run((elsewhere, 0))
+    assert not (tmp_path / "features").exists()
+
+    worker.run((elsewhere._replace(mix_devices=True), 0))
+    part = read_part(part_uri(job.output, 0), elsewhere.plan, 0)
+    assert part is not None
+    assert part.device == worker.card.device
+
+
 def test_a_store_that_refuses_us_is_no_reason_to_draw_again(
     artifact: Path,
     worker: SampleWorker,
