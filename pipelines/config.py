@@ -365,6 +365,9 @@ class ReferenceConfig(StageConfig):
     """URI of the extractor's weights, where no package ships them."""
     num_images: int = Field(0, ge=0)
     """Images to use, the first ones of the dataset's (shuffled) shards; 0 means all."""
+    keep_features: int = Field(10_000, ge=0)
+    """Most images whose features are stored as they are, spread evenly, for KID, precision, recall,
+    density and coverage; these depend on how many there are. 0 stores none."""
     workers: int = Field(0, ge=0)
     """Extracting processes; 0 means one for each CPU or GPU of the cluster."""
 

@@ -76,7 +76,8 @@ class FeatureWorker:
         return f"process {os.getpid()} on {platform.node()}, {self.device.type}"
 
     def run(self, piece: range) -> int:
-        found = extract(self.images, piece, self.extractor, self.device)
+        keep = self.config.keep_features
+        found = extract(self.images, piece, self.extractor, self.device, keep)
         write_piece(piece_uri(self.config.output, self.identity, piece), found)
         return len(piece)
 
@@ -176,6 +177,7 @@ def run_reference(config: ReferenceConfig) -> None:
         classes=images.classes,
         num_images=images.num_images,
         dataset_fingerprint=images.fingerprint,
+        keep_features=config.keep_features,
         versions=tool_versions(),
     )
     if config.dry_run:

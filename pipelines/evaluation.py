@@ -371,10 +371,16 @@ def warnings(drawn: Drawn, reference: Reference, extractor: Identity) -> list[st
             "the reference says nothing about itself: that it was made with this extractor, from "
             "images of this size and these classes, was taken on trust"
         )
-    if reference.real.features is None:
+    kept = reference.real.features
+    if kept is None:
         found.append(
             "the reference holds moments only, so there is no KID, precision, recall, density or "
             "coverage"
+        )
+    elif len(kept) <= max(metrics.NEIGHBOURS):
+        found.append(
+            f"the reference keeps the features of {len(kept)} images, too few for precision, "
+            f"recall, density and coverage, which need more than {max(metrics.NEIGHBOURS)}"
         )
     if len(drawn.devices) > 1:
         found.append(f"drawn on different devices, which may round differently: {drawn.devices}")
@@ -393,6 +399,7 @@ def identity(job: Job, drawn: Drawn, reference: Reference) -> dict[str, Any]:
         "weights_sha256": plan.weights_sha256,
         "reference_sha256": reference.sha256,
         "num_images": plan.num_images,
+        "num_real_features": 0 if reference.real.features is None else len(reference.real.features),
         "seed": plan.seed,
         "batch": plan.batch,
         "sampler": plan.sampler.model_dump(mode="json"),

@@ -11,7 +11,6 @@ expectation is too large by a term of order 1/N, which no longer is small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,11 +22,14 @@ Array = npt.NDArray[Any]
 SEED = 2020
 """torch-fidelity's seed; its order for the splits of IS and its subsets for KID follow from it."""
 
-BLOCK = 1024
-"""Rows of a distance matrix that exist at one time."""
+BLOCK = 2048
+"""Side of the square of a distance matrix that exists at one time."""
 
 TILE = 4096
 """Rows of features that are converted or centred at one time."""
+
+NEIGHBOURS = (3, 5)
+"""Sizes of the neighbourhoods of precision and its kin."""
 
 RESAMPLES = 2000
 """Bootstrap samples behind an interval."""
@@ -226,8 +228,8 @@ class Real(NamedTuple):
 def all_metrics(features: Array, logits: Array, spatial: Array, real: Real) -> dict[str, float]:
     """Every metric of generated images, by plain names; those that lack what they need are absent.
 
-    Precision and its kin depend on the numbers of images, so at most M generated ones count, the
-    first ones.
+    Precision and its kin depend on both numbers of images: all N generated ones count, and all M
+    real ones whose features are known. They need more than five of each.
 
     Args:
         features, logits, spatial: of the generated images, [N, D], [N, K] and [N, S]; K or S is 0
@@ -245,9 +247,9 @@ def all_metrics(features: Array, logits: Array, spatial: Array, real: Real) -> d
         found["IS"], found["IS_std"] = inception_score(logits)
     if real.features is not None:
         found["KID"], found["KID_std"] = kernel_distance(features, real.features)
-        drawn = features[: len(real.features)]
-        for k, values in neighbourhoods(drawn, real.features, (3, 5)).items():
-            found |= {f"{name}_k{k}": value for name, value in values.items()}
+        if min(len(features), len(real.features)) > max(NEIGHBOURS):
+            for k, values in neighbourhoods(features, real.features, NEIGHBOURS).items():
+                found |= {f"{name}_k{k}": value for name, value in values.items()}
     return found
 
 
@@ -262,7 +264,7 @@ def neighbourhoods(
     generated image.
 
     Args:
-        generated, real: features [N, D] and [M, D]; only BLOCK rows of distances exist at a time,
+        generated, real: features [N, D] and [M, D]; only BLOCK x BLOCK distances exist at a time,
             so that 50,000 x 50,000 images of 2048 features fit in 2 GB.
         ks: sizes of the neighbourhood.
 
@@ -279,21 +281,23 @@ def neighbourhoods(
     radius_generated = _radii(generated, ks, centre)
     radius_real = _radii(real, ks, centre)
 
-    inside = dict.fromkeys(ks, 0)
+    N, M = len(generated), len(real)
     balls = dict.fromkeys(ks, 0)
-    recalled = {k: np.zeros(len(real), bool) for k in ks}
-    covered = {k: np.zeros(len(real), bool) for k in ks}
-    for rows, squared in _distances(generated, real, centre):
-        for k in ks:
-            hits = squared <= radius_real[k]
-            inside[k] += int(hits.any(1).sum())
-            balls[k] += int(hits.sum())
-            covered[k] |= hits.any(0)
-            recalled[k] |= (squared <= radius_generated[k][rows, None]).any(0)
-    N = len(generated)
+    inside = {k: np.zeros(N, bool) for k in ks}
+    recalled = {k: np.zeros(M, bool) for k in ks}
+    covered = {k: np.zeros(M, bool) for k in ks}
+    for rows in _slices(N, BLOCK):
+        for columns in _slices(M, BLOCK):
+            squared = _distances(generated[rows], real[columns], centre)
+            for k in ks:
+                hits = squared <= radius_real[k][columns]
+                balls[k] += int(np.count_nonzero(hits))
+                inside[k][rows] |= hits.any(1)
+                covered[k][columns] |= hits.any(0)
+                recalled[k][columns] |= (squared <= radius_generated[k][rows, None]).any(0)
     return {
         k: {
-            "precision": inside[k] / N,
+            "precision": float(inside[k].mean()),
             "recall": float(recalled[k].mean()),
             "density": balls[k] / (k * N),
             "coverage": float(covered[k].mean()),
@@ -303,34 +307,37 @@ def neighbourhoods(
 
 
 def _radii(features: Array, ks: tuple[int, ...], centre: Array) -> dict[int, Array]:
-    """Squared distance of each row to its k-th nearest other row."""
-    radii = {k: np.empty(len(features), np.float32) for k in ks}
-    for rows, squared in _distances(features, features, centre):
-        squared.partition(sorted(ks), axis=1)  # column 0 is the row itself
-        for k in ks:
-            radii[k][rows] = squared[:, k]
-    return radii
+    """Squared distance of each row to its k-th nearest other row.
 
-
-def _distances(x: Array, y: Array, centre: Array) -> Iterator[tuple[slice, Array]]:
-    """Squared distances between the rows of x and of y, a block of x's rows at a time.
-
-    The block is one array that is used again; neither x nor y is copied as a whole.
+    Distances are symmetric, so the blocks above the diagonal suffice: each tells its rows and its
+    columns.
     """
-    tiles = _slices(len(y), TILE)
-    space = np.empty((min(BLOCK, len(x)), len(y)), np.float32)
-    for rows in _slices(len(x), BLOCK):
-        a = np.asarray(x[rows] - centre, np.float32)
-        a_squared = np.einsum("nd,nd->n", a, a)[:, None]
-        block = space[: len(a)]
-        for tile in tiles:
-            b = np.asarray(y[tile] - centre, np.float32)
-            part = block[:, tile]
-            part[:] = a @ b.T
-            part *= -2
-            part += np.einsum("nd,nd->n", b, b)
-        block += a_squared
-        yield rows, block.clip(0, out=block)
+    most = max(ks) + 1  # one more, because the row itself is among its neighbours
+    nearest = np.full((len(features), most), np.inf, np.float32)
+
+    def learn(rows: slice, squared: Array) -> None:
+        known = np.concatenate([nearest[rows], squared], axis=1)
+        known.partition(most - 1, axis=1)
+        nearest[rows] = known[:, :most]
+
+    blocks = _slices(len(features), BLOCK)
+    for i, rows in enumerate(blocks):
+        for columns in blocks[i:]:
+            squared = _distances(features[rows], features[columns], centre)
+            learn(rows, squared)
+            if columns != rows:
+                learn(columns, squared.T)
+    nearest.sort(axis=1)
+    return {k: nearest[:, k] for k in ks}
+
+
+def _distances(x: Array, y: Array, centre: Array) -> Array:
+    """Squared distances between the rows of x and of y, [N, M], float32."""
+    a, b = (np.asarray(side - centre, np.float32) for side in (x, y))
+    squared: Array = (-2 * a) @ b.T
+    squared += np.einsum("nd,nd->n", b, b)
+    squared += np.einsum("nd,nd->n", a, a)[:, None]
+    return squared.clip(0, out=squared)
 
 
 def _slices(rows: int, size: int) -> list[slice]:

@@ -49,8 +49,12 @@ from pipelines.shards import Manifest, read_manifest
 BATCH = 64
 """Images that are decoded and extracted together; batches do not cross shards."""
 
-MAX_FEATURES = 10_000
-"""Most features that are stored as they are."""
+KEEP_FEATURES = 10_000
+"""Most features that are stored as they are, where nobody says another number."""
+
+TOLERANCE = 1e-5
+"""How far rounding may take a covariance from symmetry, and its eigenvalues below zero, as a
+fraction of the largest number and eigenvalue."""
 
 MAX_PIECES = 64
 """Most pieces: with Inception's features one takes 66 MB until the file is written."""
@@ -66,6 +70,8 @@ class ReferenceIdentity(Config):
     """Empty if unknown."""
     num_images: int
     dataset_fingerprint: str
+    keep_features: int = KEEP_FEATURES
+    """Most features that are stored as they are."""
     versions: dict[str, str]
 
 
@@ -212,9 +218,9 @@ def real_images(uri: str, num_images: int = 0) -> RealImages:
     return images
 
 
-def is_kept(position: Array, num_images: int) -> Array:
+def is_kept(position: Array, num_images: int, most: int = KEEP_FEATURES) -> Array:
     """Which positions of the images belong to the subset of the features."""
-    keep = min(MAX_FEATURES, num_images)
+    keep = min(most, num_images)
     kept: Array = (position + 1) * keep // num_images > position * keep // num_images
     return kept
 
@@ -229,7 +235,13 @@ class Piece(NamedTuple):
     """Pooled features of the subset, [M, D]."""
 
 
-def extract(images: RealImages, piece: range, extractor: Extractor, device: torch.device) -> Piece:
+def extract(
+    images: RealImages,
+    piece: range,
+    extractor: Extractor,
+    device: torch.device,
+    keep_features: int = KEEP_FEATURES,
+) -> Piece:
     """Features of a piece of the images, reduced to what a reference holds."""
     found = []
     for pixels in images.batches(piece):
@@ -237,7 +249,8 @@ def extract(images: RealImages, piece: range, extractor: Extractor, device: torc
         found.append((features.pooled.cpu().numpy(), features.spatial.cpu().numpy()))
     pooled, spatial = (np.concatenate(values) for values in zip(*found, strict=True))
     assert len(pooled) == len(piece), (len(pooled), piece)
-    kept = pooled[is_kept(np.arange(piece.start, piece.stop), images.num_images)]
+    positions = np.arange(piece.start, piece.stop)
+    kept = pooled[is_kept(positions, images.num_images, keep_features)]
     return Piece(Moments.of(pooled), Moments.of(spatial), kept)
 
 
@@ -293,11 +306,12 @@ def write_reference(uri: str, identity: ReferenceIdentity, pieces: Iterator[Piec
     arrays: dict[str, Array] = {"mu": pooled.mean, "sigma": pooled.covariance}
     if len(spatial.sum):
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    if identity.keep_features:
+        arrays["features"] = np.concatenate(kept)
     buffer = io.BytesIO()
     np.savez(
         buffer,
         count=np.int64(pooled.count),
-        features=np.concatenate(kept),
         identity=np.array(json.dumps(identity.model_dump(mode="json"))),
         **arrays,  # type: ignore[arg-type]
     )
@@ -330,11 +344,12 @@ def read_reference(uri: str) -> Reference:
         spatial = None
         if "mu_s" in file:
             spatial = _statistics(file, "mu_s", "sigma_s")
+        pooled = _statistics(file, "mu", "sigma")
         return Reference(
             identity=identity,
             sha256=hashlib.sha256(content).hexdigest(),
             count=int(file["count"]) if "count" in file else None,
-            real=Real(_statistics(file, "mu", "sigma"), spatial, file.get("features")),
+            real=Real(pooled, spatial, _features(file, len(pooled.mean))),
         )
     except KeyError as error:
         raise ValueError(
@@ -374,12 +389,40 @@ def _torch_arrays(content: bytes) -> dict[str, Array]:
 
 
 def _statistics(file: dict[str, Array], mean: str, covariance: str) -> Statistics:
-    m, c = file[mean].astype(np.float64), file[covariance].astype(np.float64)
+    m, c = _numbers(file, mean).astype(np.float64), _numbers(file, covariance).astype(np.float64)
     if m.ndim != 1 or c.shape != (len(m), len(m)):
         raise ValueError(f"{mean} has shape {list(m.shape)} and {covariance} {list(c.shape)}")
-    if not (np.isfinite(m).all() and np.isfinite(c).all()):
-        raise ValueError(f"{mean} or {covariance} has values that are not finite")
+    if np.abs(c - c.T).max() > TOLERANCE * np.abs(c).max():
+        raise ValueError(f"{covariance} is no covariance: it is not symmetric")
+    values = np.linalg.eigvalsh(c)
+    if values[0] < -TOLERANCE * values[-1]:
+        raise ValueError(
+            f"{covariance} is no covariance: its eigenvalues reach from {values[0]:.4g} to "
+            f"{values[-1]:.4g}, and none may be below zero"
+        )
     return Statistics(m, c)
+
+
+def _features(file: dict[str, Array], width: int) -> Array | None:
+    if "features" not in file:
+        return None
+    features = _numbers(file, "features")
+    if features.ndim != 2 or features.shape[1] != width:
+        raise ValueError(
+            f"features has shape {list(features.shape)}; expected [M, {width}], for mu has {width} "
+            "numbers"
+        )
+    return features
+
+
+def _numbers(file: dict[str, Array], name: str) -> Array:
+    """An array of real numbers, all of them finite."""
+    array = file[name]
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} is {array.dtype}, not real numbers")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return array
 
 
 def check_match(
@@ -401,21 +444,26 @@ def check_match(
         ValueError: extractor, image size or classes differ; both are named.
     """
     about = reference.identity
+    if about:
+        for field, ours in extractor.as_dict().items():
+            if about.extractor.get(field) != ours:
+                raise ValueError(
+                    f"the reference was made with another extractor: its {field} is "
+                    f"{about.extractor.get(field)}, this evaluation's is {ours}"
+                )
+    spatial = reference.real.spatial if extractor.num_spatial else None
+    for kind, statistics, width in (
+        ("", reference.real.pooled, extractor.num_features),
+        ("spatial ", spatial, extractor.num_spatial),
+    ):
+        if statistics and len(statistics.mean) != width:
+            raise ValueError(
+                f"the reference is about {len(statistics.mean)} {kind}features (the standard "
+                f"Inception has 2048, and 2023 spatial ones), but extractor {extractor.name} has "
+                f"{width}: name the extractor that it was made with"
+            )
     if about is None:
-        width = len(reference.real.pooled.mean)
-        if width != extractor.num_features:
-            raise ValueError(
-                f"the reference is about {width} features (the standard Inception has 2048), but "
-                f"extractor {extractor.name} has {extractor.num_features}: name the extractor that "
-                "it was made with"
-            )
         return
-    for field, ours in extractor.as_dict().items():
-        if about.extractor.get(field) != ours:
-            raise ValueError(
-                f"the reference was made with another extractor: its {field} is "
-                f"{about.extractor.get(field)}, this evaluation's is {ours}"
-            )
     if about.image_size != image_size:
         raise ValueError(
             f"the reference is about images of {about.image_size} pixels, those to be judged have "

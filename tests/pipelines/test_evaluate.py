@@ -172,6 +172,8 @@ def test_the_subset_of_a_reference_is_spread_evenly():
     assert kept.sum() == 10_000
     assert kept.reshape(5, -1).sum(1).tolist() == [2000] * 5
     assert is_kept(np.arange(40), 40).all()
+    assert is_kept(np.arange(40), 40, most=8).reshape(8, 5).sum(1).tolist() == [1] * 8
+    assert not is_kept(np.arange(40), 40, most=0).any()
 
 
 @pytest.mark.ray

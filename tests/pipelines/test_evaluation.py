@@ -241,6 +241,12 @@ def test_what_a_reader_must_know_is_said(artifact: Path, worker: SampleWorker, t
     assert "taken on trust" in said[1]
     assert "no KID, precision" in said[2]
     assert "1000 reference images in 1280 dimensions" in counted[1]
+    five = real._replace(features=np.zeros((5, 1280), np.float32))
+    assert (
+        "the features of 5 images, too few for precision"
+        in evaluation.warnings(drawn, Reference(None, "0", None, five), extractor)[2]
+    )
+    assert "KID-efflite0" in evaluation.judge(drawn, Reference(None, "0", 5, five), extractor)
     found = evaluation.judge(drawn, Reference(None, "0", None, real), extractor)
     assert set(found) == {
         "FD-efflite0", "FD-efflite0_low", "FD-efflite0_high", "IS-efflite0", "IS-efflite0_std"

@@ -230,9 +230,8 @@ def test_distances_are_never_in_memory_as_a_whole():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
-    block = metrics.BLOCK * len(b) * 4
-    assert peak < 2.5 * block, peak / block  # the whole would be 5.9 blocks
-    # With 50,000 images of 2048 features: 0.82 GB of features and 2.5 blocks of 0.2 GB.
+    block = metrics.BLOCK**2 * 4
+    assert peak < 4 * block, peak / block  # the whole would be 8.6 blocks
 
 
 def test_what_an_extractor_or_a_reference_lacks_is_absent_and_the_rest_is_there():
@@ -277,6 +276,19 @@ def test_precision_and_recall_agree_with_torch_fidelity_whatever_the_block(monke
     assert found[3]["precision"] == pytest.approx(expected["precision"], abs=1e-3)
     assert found[3]["recall"] == pytest.approx(expected["recall"], abs=1e-3)
     assert 0 < found[3]["precision"] < found[5]["precision"] <= 1
+
+
+@pytest.mark.parametrize(("num", "real_num"), [(1500, 500), (500, 1500), (600, 600)])
+def test_all_images_of_both_sides_count_as_in_torch_fidelity(num: int, real_num: int):
+    drawn, real = features(1, num, 48), features(2, real_num, 48, shift=0.4)
+    none, moments = np.empty((num, 0), np.float32), Moments.of(real)
+    expected = prc_features_to_metric(torch.from_numpy(drawn), torch.from_numpy(real))
+
+    statistics = Statistics(moments.mean, moments.covariance)
+    found = all_metrics(drawn, none, none, Real(statistics, features=real))
+
+    assert found["precision_k3"] == pytest.approx(expected["precision"], abs=1e-3)
+    assert found["recall_k3"] == pytest.approx(expected["recall"], abs=1e-3)
 
 
 def test_neighbourhoods_on_a_line_can_be_counted_by_hand():

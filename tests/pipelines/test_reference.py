@@ -14,6 +14,7 @@ from jitmodel.config import ClassInfo
 from pipelines import shards
 from pipelines.features import INCEPTION_SHA256, Extractor, Identity, get_extractor
 from pipelines.images import decode_pixels
+from pipelines.metrics import Real, Statistics
 from pipelines.reference import (
     ArrayImages,
     DatasetImages,
@@ -187,6 +188,26 @@ def test_the_public_files_of_the_field_are_read(tmp_path: Path):
     assert found.real.pooled.covariance.shape == (16, 16)
 
 
+@pytest.mark.parametrize("kept", [0, 5, 40])
+def test_how_many_features_are_kept_can_be_chosen(tiny_dataset: Path, tmp_path: Path, kept: int):
+    images, extractor = real_images(str(tiny_dataset)), pooling_extractor()
+    identity = identity_of(images, extractor).model_copy(update={"keep_features": kept})
+    pieces = (extract(images, piece, extractor, CPU, kept) for piece in images.pieces)
+
+    write_reference(str(tmp_path / "r.npz"), identity, pieces)
+
+    found = read_reference(str(tmp_path / "r.npz"))
+    assert found.count == 211
+    assert (0 if found.real.features is None else len(found.real.features)) == kept
+
+
+def test_rounding_does_not_make_a_covariance_of_few_images_a_wrong_one(tmp_path: Path):
+    few = np.random.default_rng(0).normal(size=(20, 300)).astype(np.float32)
+    np.savez(tmp_path / "r.npz", mu=few.mean(0), sigma=np.cov(few, rowvar=False, dtype=np.float32))
+
+    assert read_reference(str(tmp_path / "r.npz")).real.pooled.covariance.shape == (300, 300)
+
+
 def test_what_is_no_reference_is_refused_in_one_sentence(tmp_path: Path):
     class Payload:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -198,6 +219,14 @@ def test_what_is_no_reference_is_refused_in_one_sentence(tmp_path: Path):
         "half.npz": {"mu": good["mu"]},
         "shape.npz": {"mu": good["mu"], "sigma": np.eye(3)},
         "nan.npz": {"mu": good["mu"] * np.nan, "sigma": good["sigma"]},
+        "complex.npz": {"mu": good["mu"], "sigma": good["sigma"] + 0j},
+        "words.npz": {"mu": np.array(["a"] * 4), "sigma": good["sigma"]},
+        "skew.npz": {"mu": good["mu"], "sigma": good["sigma"] + np.triu(np.ones((4, 4)), 1)},
+        "negative.npz": {"mu": good["mu"], "sigma": -good["sigma"]},
+        "spatial.npz": {**good, "mu_s": np.zeros(2), "sigma_s": -np.eye(2)},
+        "wide.npz": {**good, "features": np.zeros((9, 5))},
+        "flat.npz": {**good, "features": np.zeros(9)},
+        "lost.npz": {**good, "features": np.full((9, 4), np.inf)},
     }
     for name, arrays in files.items():
         np.savez(tmp_path / name, **arrays)
@@ -212,7 +241,15 @@ def test_what_is_no_reference_is_refused_in_one_sentence(tmp_path: Path):
         "images.npz": r"holds images and no statistics: run `jit reference .*images.npz --output",
         "half.npz": "has no sigma: a reference holds at least mu and sigma",
         "shape.npz": r"mu has shape \[4\] and sigma \[3, 3\]",
-        "nan.npz": "mu or sigma has values that are not finite",
+        "nan.npz": "mu has values that are not finite",
+        "complex.npz": "sigma is complex128, not real numbers",
+        "words.npz": "mu is <U1, not real numbers",
+        "skew.npz": "sigma is no covariance: it is not symmetric",
+        "negative.npz": "sigma is no covariance: its eigenvalues reach from -",
+        "spatial.npz": "sigma_s is no covariance: its eigenvalues reach from -1 to -1",
+        "wide.npz": r"features has shape \[9, 5\]; expected \[M, 4\], for mu has 4 numbers",
+        "flat.npz": r"features has shape \[9\]; expected \[M, 4\]",
+        "lost.npz": "features has values that are not finite",
         "hostile.pt": "is not a reference file: Weights only load failed",
         "list.pt": "holds a list, not a dict",
         "text.npz": "is not a reference file",
@@ -256,6 +293,11 @@ def test_a_reference_that_does_not_fit_is_refused_and_both_sides_are_named(tmp_p
         match(about, of=inception)
     with pytest.raises(ValueError, match=r"about 1280 features .* inception-12345678 has 2048"):
         match(None, of=inception)
+    with pytest.raises(ValueError, match=r"about 6 spatial features .* has 2023"):
+        check_match(
+            Reference(None, "0", 9, Real(*[Statistics(np.zeros(n), np.eye(n)) for n in (2048, 6)])),
+            inception, 256, 2, cats,
+        )  # fmt: skip
 
 
 def test_the_standard_inception_names_every_number_and_no_other_file_does():
