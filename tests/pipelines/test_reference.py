@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics
@@ -13,7 +16,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from jitmodel.config import ClassInfo
 from pipelines import shards
 from pipelines.features import INCEPTION_SHA256, Extractor, Identity, get_extractor
-from pipelines.images import decode_pixels
+from pipelines.images import decode_pixels, encode
 from pipelines.metrics import Real, Statistics
 from pipelines.reference import (
     ArrayImages,
@@ -62,8 +65,6 @@ def make_reference(images: RealImages, path: Path) -> Reference:
 
 def all_pixels(dataset: Path) -> np.ndarray:
     """[N, H, W, 3], in the dataset's order."""
-    import pyarrow.parquet as pq
-
     rows = [
         row
         for info in shards.read_manifest(str(dataset)).shards
@@ -232,10 +233,16 @@ def test_what_is_no_reference_is_refused_in_one_sentence(tmp_path: Path):
         np.savez(tmp_path / name, **arrays)
     torch.save({"mu": Payload()}, tmp_path / "hostile.pt")
     torch.save([1], tmp_path / "list.pt")
+    torch.save({"mu": torch.zeros(4), "sigma": torch.eye(4) * 1j}, tmp_path / "complex.pt")
     (tmp_path / "text.npz").write_text("mu")
+    np.save(tmp_path / "array.npy", good["sigma"])
+    np.savez(tmp_path / "counts.npz", **good, count=np.array([1, 2]))
     buffer = io.BytesIO()
-    np.savez(buffer, **good)
-    (tmp_path / "cut.npz").write_bytes(buffer.getvalue()[:-60])
+    np.savez_compressed(buffer, **good)
+    content = bytearray(buffer.getvalue())
+    (tmp_path / "cut.npz").write_bytes(content[:-60])
+    content[80] ^= 0xFF
+    (tmp_path / "flipped.npz").write_bytes(content)
 
     for name, message in {
         "images.npz": r"holds images and no statistics: run `jit reference .*images.npz --output",
@@ -250,17 +257,104 @@ def test_what_is_no_reference_is_refused_in_one_sentence(tmp_path: Path):
         "wide.npz": r"features has shape \[9, 5\]; expected \[M, 4\], for mu has 4 numbers",
         "flat.npz": r"features has shape \[9\]; expected \[M, 4\]",
         "lost.npz": "features has values that are not finite",
-        "hostile.pt": "is not a reference file: Weights only load failed",
+        "hostile.pt": "is not a reference file: it is damaged, .* or holds objects that would run",
+        "complex.pt": "sigma is complex64, not real numbers",
+        "array.npy": "is not a reference file: it is damaged, or neither an .npz",
+        "counts.npz": r"count has shape \[2\]; expected one number",
+        "flipped.npz": "is not a reference file: it is damaged",
         "list.pt": "holds a list, not a dict",
         "text.npz": "is not a reference file",
         "cut.npz": "is not a reference file",
     }.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refusal:
             read_reference(str(tmp_path / name))
+        assert "weights_only" not in str(refusal.value)  # no advice to run what is in the file
+        assert "allow_pickle" not in str(refusal.value)
+    with pytest.raises(IsADirectoryError, match=r"is a folder: name the .npz file"):
+        read_reference(str(tmp_path))
     with pytest.raises(ValueError, match=r"half.npz does not hold images: expected an .npz with"):
         real_images(str(tmp_path / "half.npz"))
     with pytest.raises(FileNotFoundError, match="there is no file or folder at"):
         real_images(str(tmp_path / "absent.npz"))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_of_any_real_type_are_read(tmp_path: Path, kind: torch.dtype):
+    mu, sigma = torch.ones(4, dtype=kind, requires_grad=True), torch.eye(4, dtype=kind)
+    torch.save({"mu": mu, "sigma": sigma, "count": 7}, tmp_path / "r.pt")
+
+    found = read_reference(str(tmp_path / "r.pt"))
+
+    np.testing.assert_array_equal(found.real.pooled.mean, np.ones(4))
+    assert found.count == 7
+
+
+def damage_shard(dataset: Path, change: Callable[[list[dict]], None]) -> None:
+    """Rewrite the second shard of a dataset, and what the manifest says of its bytes."""
+    manifest = shards.read_manifest(str(dataset))
+    info = manifest.shards[1]
+    rows = pq.read_table(dataset / info.file).to_pylist()
+    change(rows)
+    again = [shards.Row(r["image"]["bytes"], "", r["label"], r["id"]) for r in rows]
+    new = shards.write_shard(dataset / info.file, again, manifest.classes, rows_per_group=16)
+    manifest.shards[1] = new.model_copy(update={"file": info.file})
+    (dataset / shards.MANIFEST).write_text(manifest.model_dump_json())
+
+
+def cut_image(rows: list[dict]) -> None:
+    rows[7]["image"]["bytes"] = rows[7]["image"]["bytes"][:60]
+
+
+def grow_image(rows: list[dict]) -> None:
+    rows[70]["image"]["bytes"] = encode(np.zeros((32, 32, 3), np.uint8), "png")
+
+
+def flip_page(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[4:40] = bytes(36)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda d, f: damage_shard(d, cut_image), r"00001.*damaged: row 7 cannot be decoded"),
+    (lambda d, f: damage_shard(d, grow_image), "damaged: row 70 has 32 x 32 pixels, the man.* 28"),
+    (lambda d, f: f.write_bytes(f.read_bytes()[:-9]), r"damaged: it has \d+ bytes, the manifest"),
+    (lambda d, f: flip_page(f), "00001.*is damaged"),
+    (lambda d, f: f.unlink(), "00001.* is missing"),
+])  # fmt: skip
+def test_a_damaged_shard_is_named_with_its_row(
+    tiny_dataset: Path, tmp_path: Path, damage, message: str
+):
+    dataset = tmp_path / "d"
+    shutil.copytree(tiny_dataset, dataset)
+    damage(dataset, dataset / shards.read_manifest(str(dataset)).shards[1].file)
+
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as refusal:
+        make_reference(real_images(str(dataset)), tmp_path / "r.npz")
+
+    assert f"jit prepare --verify {dataset}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_array_of_images_is_named(tmp_path: Path, save):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 28, 28, 3), dtype=np.uint8)
+    path = tmp_path / "batch.npz"
+    save(path, arr_0=pixels)
+    good = path.read_bytes()
+    for name, content in {
+        "cut": good[:-3000], "head": good[:20] + bytes(60) + good[80:],
+        "body": good[:2000] + bytes(4000) + good[6000:],
+    }.items():  # fmt: skip
+        path.write_bytes(content)
+        if (name, save) == ("body", np.savez):
+            continue  # bytes that lie as they are have nothing to tell them by
+        with pytest.raises(ValueError, match=r"batch.npz (does not hold images|is damaged in im)"):
+            make_reference(real_images(str(path)), tmp_path / "r.npz")
+
+
+def test_more_images_than_there_are_are_refused(tiny_dataset: Path):
+    with pytest.raises(ValueError, match="--num-images 212 is more than the 211 images of"):
+        real_images(str(tiny_dataset), 212)
 
 
 def test_a_reference_that_does_not_fit_is_refused_and_both_sides_are_named(tmp_path: Path):
