@@ -415,7 +415,7 @@ class EvaluateConfig(StageConfig):
     """Images to draw, spread evenly over the classes."""
     sampler: SamplerChoice = SamplerChoice()
     """How images are drawn, where it shall not be as the artifact recommends."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the start noise; image i is addressed by (seed, i)."""
     batch: PositiveInt = 50
     """Images drawn together; part of the plan, so of the result's identity."""
@@ -427,6 +427,8 @@ class EvaluateConfig(StageConfig):
     """torch.compile each block; each worker's first chunk then takes a minute longer."""
     resize: bool = False
     """Resize the drawn images to the reference's size before they are judged (Pillow, bicubic)."""
+    resize_to: PositiveInt | None = None
+    """Resize them to this size, for a reference that does not tell its own."""
     extractor: Extractor = "efflite0"
     """Feature extractor; must be the reference's."""
     weights: str = ""

@@ -45,6 +45,10 @@ MIN_IMAGES = 10
 """Inception score has ten splits, and none may be empty."""
 
 
+class NotFinite(ValueError):
+    """An image that is no image: the model diverged."""
+
+
 class Plan(Config):
     """All that decides the pixels and features of an evaluation."""
 
@@ -193,7 +197,7 @@ def draw(
         The part, and the pixels, uint8 [N, 3, H, W].
 
     Raises:
-        ValueError: an image is not finite.
+        NotFinite: an image is not finite.
     """
     found, pixels = [], []
     rows = plan.rows(chunk)
@@ -226,7 +230,7 @@ def draw_batch(model: JiT, plan: Plan, index: Tensor) -> Tensor:
     """Pixels of the images of these indices, drawn together, uint8 [B, 3, H, W].
 
     Raises:
-        ValueError: an image is not finite.
+        NotFinite: an image is not finite.
     """
     e = start_noise(plan.flow, plan.model, plan.seed, index)
     y = index % plan.model.num_classes
@@ -234,7 +238,7 @@ def draw_batch(model: JiT, plan: Plan, index: Tensor) -> Tensor:
         x = sample(model, y, e, plan.sampler)
     broken = ~x.isfinite().flatten(1).all(1)
     if broken.any():
-        raise ValueError(
+        raise NotFinite(
             f"image {index[broken][0].item()} of class {y[broken][0].item()} is not finite: "
             f"the model diverged, or --precision {plan.precision} does not suit it"
         )
@@ -255,6 +259,11 @@ def channels_last(images: Array) -> Array:
 def part_uri(output: str, chunk: int) -> str:
     """Where the features of a chunk are."""
     return storage.join(output, "features", f"part-{chunk:05d}.parquet")
+
+
+def time_uri(output: str, chunk: int) -> str:
+    """Where it says how long a chunk took: apart, for a part's bytes are the same for any fleet."""
+    return storage.join(output, "times", f"part-{chunk:05d}.json")
 
 
 def write_part(uri: str, part: Part, plan: Plan, chunk: int) -> None:

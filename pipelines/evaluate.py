@@ -20,26 +20,26 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 import logging
 import os
 import platform
-import time
 from collections.abc import Iterator
 
 from pipelines import evaluation, lease, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, StageFailed, require
-from pipelines.drawing import Plan
 from pipelines.evaluation import (
     DRAWN_BY,
     WRITER,
     Job,
     SampleWorker,
+    Stored,
     explained,
     make_plan,
     missing_chunks,
     pick_device,
     refuse_another,
+    refuse_strangers,
     stored_plan,
     write_plan,
 )
-from pipelines.features import get_extractor
+from pipelines.features import get_extractor, portable_weights
 from pipelines.models import find_model
 from pipelines.pool import Pool, Progress, fleet
 from pipelines.reference import (
@@ -94,13 +94,26 @@ def run(config: EvaluateConfig) -> None:
     if config.dry_run:
         print(config.model_dump_json(indent=2))
     require(config, "model", "reference", "output")
+    refuse_strangers(config.output)
     extractor = get_extractor(config.extractor, config.weights).identity
     reference = read_reference(config.reference)
     source = find_model(config.model, config.ema)
     info = source.info
     resize = evaluation.resize_to(config, reference, info.model.image_size)
-    here = plan = make_plan(config, source, extractor, resize)
+    plan = make_plan(config, source, extractor, resize)
     check_match(reference, extractor, plan.image_size, info.model.num_classes, info.classes)
+    output = storage.absolute(config.output)
+    job = Job(source, plan, output, config.keep_images, config.mix_devices)
+    stored, missing = stored_plan(output), list(range(plan.num_chunks))
+    if stored:
+        # What has been drawn is judged anywhere, so what draws matters only for drawing.
+        begun = stored.plan.model_dump(include=set(DRAWN_BY))
+        job = job._replace(plan=plan.model_copy(update=begun))
+        refuse_another(job, stored)
+        missing = missing_chunks(job)
+        if missing:  # of what draws, only the workers know the device
+            here = plan.model_copy(update={"device": stored.plan.device})
+            refuse_another(job._replace(plan=here), stored)
     if config.dry_run:
         print(
             f"plan: {plan.num_images} images, {plan.model.num_classes} classes, "
@@ -109,32 +122,21 @@ def run(config: EvaluateConfig) -> None:
             f"{extractor.distance} against {reference.count or 'unknown'} images"
         )
         return
-    stored = stored_plan(config.output)
-    if stored:
-        # What has been drawn is judged anywhere, so what draws matters only for drawing.
-        plan = here.model_copy(update=stored.model_dump(include=set(DRAWN_BY)))
-        refuse_another(config.output, stored, plan)
-    output = storage.absolute(config.output)
-    job = Job(source, plan, output, config.keep_images, config.mix_devices)
-    missing = missing_chunks(job) if stored else list(range(plan.num_chunks))
-    seconds = 0.0
     if missing:
-        if stored:
-            refuse_another(config.output, stored, here.model_copy(update={"device": stored.device}))
         connect()
-        storage.check_writable(config.output)
+        storage.check_writable(output)
         workers, gpu = fleet(config.workers, len(missing))
-        with explained(config.output), lease.claim(storage.join(config.output, WRITER)):
-            job, seconds = draw_chunks(config, job, stored, missing, workers, gpu)
-            storage.delete(storage.join(config.output, WRITER))
-    evaluation.write_evaluation(job, config, reference, extractor, seconds)
+        with explained(output), lease.claim(storage.join(output, WRITER)):
+            job = draw_chunks(config, job, stored, missing, workers, gpu)
+            storage.delete(storage.join(output, WRITER))
+    evaluation.write_evaluation(job, config, reference, extractor)
 
 
 def draw_chunks(
-    config: EvaluateConfig, job: Job, stored: Plan | None, chunks: list[int], workers: int,
+    config: EvaluateConfig, job: Job, stored: Stored | None, chunks: list[int], workers: int,
     gpu: bool,
-) -> tuple[Job, float]:  # fmt: skip
-    """Draw these chunks by a fleet of workers; the job on their device, and the seconds it took.
+) -> Job:  # fmt: skip
+    """Draw these chunks by a fleet of workers; the job, its plan naming their kind of device.
 
     Raises:
         ValueError: the workers' kind of device is another one than the folder's, or than that of
@@ -144,17 +146,18 @@ def draw_chunks(
     to_draw = sum(len(job.plan.rows(chunk)) for chunk in chunks)
     if to_draw < total:
         logger.info("%d of %d images are there already", total - to_draw, total)
-    with Pool(SampleWorker, config.extractor, config.weights, workers=workers, gpu=gpu) as pool:
+    weights = portable_weights(config.extractor, config.weights)
+    with Pool(SampleWorker, config.extractor, weights, workers=workers, gpu=gpu) as pool:
         if not (stored and config.mix_devices):
             device = pool.started[0].device
             job = job._replace(plan=job.plan.model_copy(update={"device": device}))
         if stored:
-            refuse_another(config.output, stored, job.plan)
-        write_plan(job.output, job.plan, config.model_dump(mode="json"))
+            refuse_another(job, stored)
+        write_plan(job, config.model_dump(mode="json"))
         progress = Progress("drew", total, total - to_draw)
         for _, images in pool.map((job, chunk) for chunk in chunks):
             progress.add(images)
-    return job, time.monotonic() - progress.start
+    return job
 
 
 def run_reference(config: ReferenceConfig) -> None:
@@ -180,11 +183,13 @@ def run_reference(config: ReferenceConfig) -> None:
         keep_features=config.keep_features,
         versions=tool_versions(),
     )
+    finished = storage.exists(config.output)
+    if finished:
+        refuse_another_reference(config.output, identity)
     if config.dry_run:
         print(f"plan: {images.num_images} images in {len(images.pieces)} pieces")
         return
-    if storage.exists(config.output):
-        refuse_another_reference(config.output, identity)
+    if finished:
         logger.info("%s is finished already", config.output)
         return
     config = config.model_copy(update={"output": storage.absolute(config.output)})

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import tarfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from pipelines.drawing import (
     part_uri,
     pixels_sha256,
     read_part,
+    time_uri,
     write_part,
 )
 from pipelines.features import Identity, get_extractor
@@ -90,7 +92,7 @@ def pick_device() -> torch.device:
 class SampleWorker:
     """Draws, judges and publishes chunks of any jobs; holds one model and one extractor."""
 
-    def __init__(self, extractor: str, weights: str) -> None:
+    def __init__(self, extractor: str, weights: str | bytes) -> None:
         self.extractor_name, self.weights = extractor, weights
         self.loaded: tuple[str, str, bool] | None = None
         self.model: JiT
@@ -124,8 +126,11 @@ class SampleWorker:
         """Draw a chunk of a job; the number of its images."""
         job, chunk = item
         self.hold(job)
+        start = time.monotonic()
         part, images = draw(self.model, self.extractor, job.plan, chunk, self.device)
         keep(images, part, job, chunk)
+        took = {"images": len(images), "seconds": time.monotonic() - start}
+        storage.write_json(time_uri(job.output, chunk), took)
         write_part(part_uri(job.output, chunk), part, job.plan, chunk)
         return len(images)
 
@@ -136,14 +141,14 @@ def resize_to(config: EvaluateConfig, reference: Reference, image_size: int) -> 
     Raises:
         ValueError: nobody knows the reference's size.
     """
-    if not config.resize:
-        return None
-    if reference.identity is None:
-        raise ValueError(
-            f"--resize needs a reference that tells its image size; {config.reference} has no "
-            "identity block"
-        )
-    size = reference.identity.image_size
+    size = config.resize_to
+    if config.resize and size is None:
+        if reference.identity is None:
+            raise ValueError(
+                f"--resize needs a reference that tells its image size; {config.reference} has no "
+                "identity block: add --resize-to SIZE"
+            )
+        size = reference.identity.image_size
     return None if size == image_size else size
 
 
@@ -181,19 +186,52 @@ def make_plan(
     ).check()
 
 
-def write_plan(output: str, plan: Plan, config: Mapping[str, Any]) -> None:
+STRANGERS = {
+    "config.json": "an artifact",
+    "manifest.json": "a dataset",
+    "_work": "a preparation",
+    "config.yaml": "a run",
+    "latest.json": "a run",
+    "meta.json": "a checkpoint",
+}
+"""What other stages' folders are told by."""
+
+
+def refuse_strangers(output: str) -> None:
+    """Check that a folder to write is not one of another stage.
+
+    Raises:
+        ValueError: it is; says of which.
+    """
+    for name, what in STRANGERS.items() if storage.exists(output) else ():
+        if storage.exists(storage.join(output, name)):
+            raise ValueError(
+                f"--output {output} holds {what} ({name}), which an evaluation would mix with its "
+                "own files: choose another --output"
+            )
+
+
+class Stored(NamedTuple):
+    """What a folder was begun for."""
+
+    plan: Plan
+    keep_images: KeepImages
+
+
+def write_plan(job: Job, config: Mapping[str, Any]) -> None:
     """Say what a folder is for, before anything else is written to it."""
     content = {
-        "plan": plan.model_dump(mode="json"),
-        "sha256": plan.sha256,
+        "plan": job.plan.model_dump(mode="json"),
+        "sha256": job.plan.sha256,
+        "keep_images": job.keep_images,
         "config": config,
         "versions": tool_versions(),
     }
-    storage.write_json(storage.join(output, PLAN), content)
+    storage.write_json(storage.join(job.output, PLAN), content)
 
 
-def stored_plan(output: str) -> Plan | None:
-    """The plan that a folder was begun with; None if it was not.
+def stored_plan(output: str) -> Stored | None:
+    """What a folder was begun for; None if it was not.
 
     Raises:
         ValueError: there is something else in its place.
@@ -202,23 +240,29 @@ def stored_plan(output: str) -> Plan | None:
     if not storage.exists(uri):
         return None
     try:
-        return Plan.model_validate(storage.read_json(uri)["plan"])
+        content = storage.read_json(uri)
+        return Stored(Plan.model_validate(content["plan"]), content["keep_images"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{uri} is not a plan that this version reads: choose another --output"
         ) from error
 
 
-def refuse_another(output: str, stored: Plan, plan: Plan) -> None:
-    """Refuse to go on with another plan.
+def refuse_another(job: Job, stored: Stored) -> None:
+    """Refuse to go on with another plan, or to keep images in another form: they would be drawn
+    again.
 
     Raises:
         ValueError: naming each field that differs, with both values.
     """
-    lines = differences(stored.model_dump(mode="json"), plan.model_dump(mode="json"))
+    there, here = (
+        {**side.plan.model_dump(mode="json"), "keep_images": side.keep_images}
+        for side in (stored, job)
+    )
+    lines = differences(there, here)
     if lines:
         raise ValueError(
-            f"{storage.join(output, PLAN)} holds another plan: {'; '.join(lines)}. "
+            f"{storage.join(job.output, PLAN)} holds another plan: {'; '.join(lines)}. "
             f"Choose another --output, or the same settings{or_mix(lines)}."
         )
 
@@ -320,6 +364,21 @@ class Drawn:
     """PNGs of the images for the report, by index."""
     devices: list[str]
     """Kinds of devices that drew them."""
+    timed_images: int
+    worker_seconds: float
+    """What one worker would have taken to draw and judge those that are timed."""
+
+
+def read_times(job: Job) -> tuple[int, float]:
+    """Images of a folder whose drawing was timed, and the seconds that workers took for them."""
+    images, seconds = 0, 0.0
+    for chunk in range(job.plan.num_chunks):
+        try:
+            took = storage.read_json(time_uri(job.output, chunk))
+        except FileNotFoundError:
+            continue
+        images, seconds = images + took["images"], seconds + took["seconds"]
+    return images, seconds
 
 
 def read_drawn(job: Job) -> Drawn:
@@ -341,11 +400,14 @@ def read_drawn(job: Job) -> Drawn:
                 arrays[name] = np.empty((job.plan.num_images, values.shape[1]), values.dtype)
             arrays[name][rows.start : rows.stop] = values
         parts.append((part.sha256, part.shown, part.device))
+    timed_images, worker_seconds = read_times(job)
     return Drawn(
         **arrays,
         pixels_sha256=pixels_sha256(digest for digests, _, _ in parts for digest in digests),
         shown={index: png for _, shown, _ in parts for index, png in shown.items()},
         devices=sorted({device for _, _, device in parts}),
+        timed_images=timed_images,
+        worker_seconds=worker_seconds,
     )
 
 
@@ -415,6 +477,9 @@ def identity(job: Job, drawn: Drawn, reference: Reference) -> dict[str, Any]:
         "run": info.run,
         "reference": about,
         "devices": drawn.devices,
+        "timed_images": drawn.timed_images,
+        "worker_hours": drawn.worker_seconds / 3600,
+        "code": plan.code,
         "versions": tool_versions(),
     }
 
@@ -429,7 +494,7 @@ def shown_rows(drawn: Drawn, job: Job) -> list[tuple[str, list[bytes]]]:
 
 
 def write_evaluation(
-    job: Job, config: EvaluateConfig, reference: Reference, extractor: Identity, seconds: float
+    job: Job, config: EvaluateConfig, reference: Reference, extractor: Identity
 ) -> dict[str, Any]:
     """Judge a folder in which no chunk is missing, and publish its report.
 
@@ -438,7 +503,6 @@ def write_evaluation(
         config: what was asked for.
         reference: what the images are compared with.
         extractor: identity of the extractor.
-        seconds: what drawing took.
 
     Returns:
         What report.json holds.
@@ -451,7 +515,6 @@ def write_evaluation(
         "warnings": warned,
         "identity": identity(job, drawn, reference),
         "config": config.model_dump(mode="json"),
-        "seconds": seconds,
     }
     for warning in warned:
         logger.warning("%s", warning)

@@ -28,6 +28,12 @@ COARSE_GAPS = 3
 """Least number of gaps between the cells that the refined search computes first on a line."""
 
 
+def short(value: float) -> str:
+    """A number in as few digits as tell it from every other one."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
+
+
 class Cell(NamedTuple):
     """One way to draw."""
 
@@ -38,8 +44,9 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """What tells the cell from the others, fit for a folder."""
         s = self.sampler
-        interval = "" if s.cfg_scale == 1 else "-in{:g}to{:g}".format(*s.cfg_interval)
-        return f"ema{self.ema:g}-{s.solver}{s.steps}-cfg{s.cfg_scale:g}{interval}"
+        low, high = map(short, s.cfg_interval)
+        interval = "" if s.cfg_scale == 1 else f"-in{low}to{high}"
+        return f"ema{short(self.ema)}-{s.solver}{s.steps}-cfg{short(s.cfg_scale)}{interval}"
 
 
 class Line(NamedTuple):

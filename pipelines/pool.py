@@ -1,9 +1,9 @@
 """A fleet of Ray actors that take one piece of work after the other. Imported by rooms only.
 
-Plain actors, not Ray Data, where each piece publishes its own result: there are no rows to stream,
-shuffle or hold back, who does a piece does not matter, and when an actor or its node dies, the
-piece goes to another one and the rest of the fleet goes on, while a replacement is placed if it can
-be.
+Plain actors, not Ray Data, where models are drawn from: which items come next depends on the ones
+that are done, a fleet stays between them, and a worker says what device it has before it gets its
+first. Who does an item does not matter: when an actor or its node dies, the item goes to another
+one and the rest of the fleet goes on, while a replacement is placed if it can be.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -70,15 +71,18 @@ class Pool:
             ray.kill(actor)
 
     def map(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """(item, result) for each item, as they are finished."""
-        waiting = deque(items)
-        left = len(waiting)
-        while left:
+        """(item, result) for each item, as they are finished.
+
+        Items are taken when a worker is free and one ahead, so a generator can leave some out.
+        """
+        source = iter(items)
+        waiting = deque(islice(source, 1))
+        while waiting or any(item is not None for _, item in self.running.values()):
             while self.idle and waiting:
                 self._give(self.idle.pop(), waiting.popleft())
+                waiting.extend(() if waiting else islice(source, 1))
             item, result, is_done = self._next()
             if is_done:
-                left -= 1
                 yield item, result
             elif item is not None:
                 waiting.appendleft(item)

@@ -21,9 +21,10 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
 import hashlib
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,7 +36,7 @@ import torch
 from jitmodel.config import SamplerConfig
 from pipelines import evaluation, lease, storage, sweep_report
 from pipelines.config import EvaluateConfig, SamplerChoice, SweepConfig, require
-from pipelines.drawing import Plan, differences, draw_batch
+from pipelines.drawing import NotFinite, Plan, differences, draw_batch
 from pipelines.evaluation import (
     DRAWN_BY,
     PLAN,
@@ -47,14 +48,16 @@ from pipelines.evaluation import (
     make_plan,
     missing_chunks,
     or_mix,
+    read_times,
     refuse_another,
+    refuse_strangers,
     resize_to,
     stored_plan,
     write_evaluation,
     write_plan,
 )
-from pipelines.features import Identity, get_extractor
-from pipelines.grid import Cell, Line, all_cells, make_lines, most_cells, next_cells
+from pipelines.features import Identity, get_extractor, portable_weights
+from pipelines.grid import Cell, Line, all_cells, make_lines, most_cells, next_cells, short
 from pipelines.models import Source, find_models
 from pipelines.pool import Pool, Progress, fleet
 from pipelines.reference import Reference, check_match, read_reference
@@ -81,26 +84,27 @@ class Speed(NamedTuple):
 
 
 class SweepWorker:
-    """A SampleWorker that also says how long a chunk took, or how fast it is."""
+    """A SampleWorker for many cells, which also says how fast it is."""
 
-    def __init__(self, extractor: str, weights: str) -> None:
+    def __init__(self, extractor: str, weights: str | bytes) -> None:
         self.worker = SampleWorker(extractor, weights)
 
     def start(self) -> Card:
         return self.worker.start()
 
-    def run(self, item: tuple[Job, int | None]) -> tuple[int, float] | Speed:
-        """Images and seconds of a chunk; without a chunk, the worker's speed at the job."""
+    def run(self, item: tuple[Job, int | None]) -> int | NotFinite | Speed:
+        """Images of a chunk; without a chunk, the worker's speed at the job.
+
+        An image that is not finite is an answer: one such cell shall not end the search.
+        """
         job, chunk = item
         if chunk is None:
             self.worker.hold(job)
             return measure(self.worker, job.plan)
-        start = time.monotonic()
         try:
-            images = self.worker.run((job, chunk))
-        except ValueError as error:
-            raise ValueError(f"{job.output}: {error}") from error
-        return images, time.monotonic() - start
+            return self.worker.run((job, chunk))
+        except NotFinite as error:
+            return error
 
 
 def measure(worker: SampleWorker, plan: Plan) -> Speed:
@@ -189,14 +193,14 @@ def run(config: SweepConfig) -> None:
     if config.dry_run:
         print(config.model_dump_json(indent=2))
     sweep = prepare(config)
-    if config.dry_run:
-        print("\n".join(plan_lines(sweep)))
-        return
     stored = stored_sweep(sweep.config.output)
     if stored:
         # What has been drawn is judged anywhere, so what draws matters only for drawing.
         sweep = sweep._replace(drawn_by={field: stored[field] for field in DRAWN_BY})
         refuse_another_sweep(sweep, stored)
+    if config.dry_run:
+        print("\n".join(plan_lines(sweep)))
+        return
     if config.plan:
         print("\n".join([*plan_lines(sweep), *time_lines(sweep)]))
         return
@@ -218,8 +222,8 @@ def run(config: SweepConfig) -> None:
             results = search(sweep, crew)
             winner = best(results, sweep.extractor.distance)
             logger.info("winner: %s, evaluated at %d images", winner.name, config.num_images)
-            judged, timing = evaluate_winner(sweep, winner, crew)
-        sweep_report.write(output, report(sweep, results, winner, judged, timing))
+            judged = evaluate_winner(sweep, winner, crew)
+        sweep_report.write(output, report(sweep, results, winner, judged))
         storage.delete(place)
     logger.info("report: %s", storage.join(output, "report.md"))
 
@@ -232,6 +236,7 @@ def prepare(config: SweepConfig) -> Sweep:
         ValueError: something does not fit.
     """
     require(config, "models" if config.models else "model", "reference", "output")
+    refuse_strangers(config.output)
     extractor = get_extractor(config.extractor, config.weights).identity
     reference = read_reference(config.reference)
     grid, fixed = config.grid, config.sampler
@@ -300,7 +305,8 @@ def time_lines(sweep: Sweep) -> list[str]:
     config = sweep.config
     cells = all_cells(sweep.lines)
     workers, gpu = fleet(config.workers, config.num_images)
-    with Pool(SweepWorker, config.extractor, config.weights, workers=1, gpu=gpu) as pool:
+    weights = portable_weights(config.extractor, config.weights)
+    with Pool(SweepWorker, config.extractor, weights, workers=1, gpu=gpu) as pool:
         (_, speed), *_ = pool.map([(sweep.cell_job(cells[0])._replace(mix_devices=True), None)])
     each = sorted(sweep.cell_job(cell).plan.network_evaluations() for cell in cells)
     most = most_cells(sweep.lines, config.search)
@@ -370,7 +376,8 @@ class Crew:
         connect()
         chunks = -(-config.num_images // (config.batch * config.chunk_batches))
         workers, gpu = fleet(config.workers, chunks)
-        pool = Pool(SweepWorker, config.extractor, config.weights, workers=workers, gpu=gpu)
+        weights = portable_weights(config.extractor, config.weights)
+        pool = Pool(SweepWorker, config.extractor, weights, workers=workers, gpu=gpu)
         return self.stack.enter_context(pool)
 
     @property
@@ -388,42 +395,44 @@ class Crew:
         device = sweep.drawn_by["device"] if self.config.mix_devices else self.device
         refuse_another_sweep(sweep._replace(drawn_by={"device": device}), sweep.shared())
 
-    def draw(self, sweep: Sweep, jobs: Iterable[Job]) -> Iterator[tuple[Job, int, float]]:
+    def draw(self, sweep: Sweep, jobs: Iterable[Job]) -> Iterator[tuple[Job, str]]:
         """Draw what is missing of these jobs.
 
         Yields:
-            Each job once it is complete, with the number of its images that were drawn now, and
-            the seconds that workers took for them.
+            Each job once it is complete, or given up with the reason why.
         """
         missing = {}
         for job in jobs:
             stored = stored_plan(job.output)
             if stored:
-                refuse_another(job.output, stored, job.plan)
+                refuse_another(job, stored)
             missing[job.output] = (
                 job,
                 missing_chunks(job) if stored else list(range(job.plan.num_chunks)),
             )
         items = [(job, chunk) for job, chunks in missing.values() for chunk in chunks]
         left = Counter(job.output for job, _ in items)
-        yield from ((job, 0, 0.0) for job, chunks in missing.values() if not chunks)
+        yield from ((job, "") for job, chunks in missing.values() if not chunks)
         if not items:
             return
         self.check(sweep)
         for job, chunks in missing.values():
             if chunks:
-                write_plan(job.output, job.plan, {})
+                write_plan(job, {})
         total = sum(job.plan.num_images for job, _ in missing.values())
         to_draw = sum(len(job.plan.rows(chunk)) for job, chunk in items)
         progress = Progress("drew", total, total - to_draw)
-        images, seconds = Counter[str](), Counter[str]()
-        for (job, _), (number, taken) in self.pool.map(items):
-            progress.add(number)
-            images[job.output] += number
-            seconds[job.output] += taken
+        failed: set[str] = set()
+        for (job, _), found in self.pool.map(i for i in items if i[0].output not in failed):
+            if isinstance(found, NotFinite):
+                if job.output not in failed:
+                    failed.add(job.output)
+                    yield job, str(found)
+                continue
+            progress.add(found)
             left[job.output] -= 1
             if not left[job.output]:
-                yield job, images[job.output], seconds[job.output]
+                yield job, ""
 
 
 def search(sweep: Sweep, crew: Crew) -> dict[Cell, dict[str, Any]]:
@@ -432,12 +441,18 @@ def search(sweep: Sweep, crew: Crew) -> dict[Cell, dict[str, Any]]:
     results: dict[Cell, dict[str, Any]] = {}
     rounds = 0
     while cells := next_cells(
-        sweep.lines, {c: r["metrics"][name] for c, r in results.items()}, sweep.config.search
+        sweep.lines, {c: value(r, name) for c, r in results.items()}, sweep.config.search
     ):
         rounds += 1
         logger.info("round %d: %d cells", rounds, len(cells))
         results |= compute(sweep, cells, crew)
     return results
+
+
+def value(result: Mapping[str, Any], name: str) -> float:
+    """What the search minimises; infinite for a cell that failed."""
+    found: float = result["metrics"].get(name, math.inf)
+    return found
 
 
 def compute(sweep: Sweep, cells: list[Cell], crew: Crew) -> dict[Cell, dict[str, Any]]:
@@ -452,9 +467,9 @@ def compute(sweep: Sweep, cells: list[Cell], crew: Crew) -> dict[Cell, dict[str,
         logger.info("%d of %d cells are there already", len(cells) - len(by_output), len(cells))
     judged: dict[Cell, Future[dict[str, Any]]] = {}
     with ThreadPoolExecutor(1) as thread:
-        for job, images, seconds in crew.draw(sweep, (jobs[cell] for cell in by_output.values())):
+        for job, failure in crew.draw(sweep, (jobs[cell] for cell in by_output.values())):
             cell = by_output[job.output]
-            judged[cell] = thread.submit(judge_cell, sweep, cell, job, images, seconds)
+            judged[cell] = thread.submit(judge_cell, sweep, cell, job, failure)
     return {cell: result or judged[cell].result() for cell, result in found.items()}
 
 
@@ -464,74 +479,92 @@ def stored_result(sweep: Sweep, job: Job) -> dict[str, Any] | None:
         found = storage.read_json(storage.join(job.output, RESULT))
     except (FileNotFoundError, ValueError):  # torn or damaged is as good as missing
         return None
-    wanted = {"plan_sha256": job.plan.sha256, "reference_sha256": sweep.reference.sha256}
+    wanted = _wanted(sweep, job)
     return found if isinstance(found, dict) and wanted.items() <= found.items() else None
 
 
-def judge_cell(
-    sweep: Sweep, cell: Cell, job: Job, timed_images: int, worker_seconds: float
-) -> dict[str, Any]:
-    """Judge and publish a cell in which no chunk is missing.
+def _wanted(sweep: Sweep, job: Job) -> dict[str, str]:
+    """What a result must be about to be the one of this job."""
+    return {"plan_sha256": job.plan.sha256, "reference_sha256": sweep.reference.sha256}
+
+
+def judge_cell(sweep: Sweep, cell: Cell, job: Job, failure: str) -> dict[str, Any]:
+    """Judge and publish a cell in which no chunk is missing, or that it failed.
 
     Only what guides the search and is cheap: distance, its interval, and the Inception score. The
     winner gets every metric.
     """
-    drawn = evaluation.read_drawn(job)
-    reference = replace(
-        sweep.reference, real=sweep.reference.real._replace(features=None, spatial=None)
-    )
-    warnings = evaluation.warnings(drawn, sweep.reference, sweep.extractor)
-    judged = evaluation.judge(drawn, reference, sweep.extractor)
-    result = {
+    timed_images, worker_seconds = read_times(job)
+    result: dict[str, Any] = {
         "format_version": 1,
         "ema": cell.ema,
         "sampler": cell.sampler.model_dump(mode="json"),
-        "metrics": judged,
+        "metrics": {},
         "network_evaluations": job.plan.network_evaluations(),
-        "pixels_sha256": drawn.pixels_sha256,
         "plan_sha256": job.plan.sha256,
         "weights_sha256": job.plan.weights_sha256,
         "reference_sha256": sweep.reference.sha256,
-        "devices": drawn.devices,
-        "warnings": warnings,
+        "devices": [],
+        "warnings": [],
         "timed_images": timed_images,
         "worker_seconds": worker_seconds,
     }
+    if failure:
+        result["failed"] = failure
+        logger.warning("%s failed: %s", cell.name, failure)
+    else:
+        drawn = evaluation.read_drawn(job)
+        real = sweep.reference.real._replace(features=None, spatial=None)
+        reference = replace(sweep.reference, real=real)
+        result["metrics"] = evaluation.judge(drawn, reference, sweep.extractor)
+        result["pixels_sha256"] = drawn.pixels_sha256
+        result["devices"] = drawn.devices
+        result["warnings"] = evaluation.warnings(drawn, sweep.reference, sweep.extractor)
+        name = sweep.extractor.distance
+        logger.info("%s: %s %.4g", cell.name, name, value(result, name))
     storage.write_json(storage.join(job.output, RESULT), result)
-    name = sweep.extractor.distance
-    logger.info("%s: %s %.4g", cell.name, name, judged[name])
     return result
 
 
 def best(results: dict[Cell, dict[str, Any]], name: str) -> Cell:
-    """The cell with the least distance; of equals, the one that costs least."""
+    """The cell with the least distance; of equals, the one that costs least.
+
+    Raises:
+        ValueError: all cells failed.
+    """
 
     def rank(cell: Cell) -> tuple[float, int, str]:
         found = results[cell]
-        return found["metrics"][name], found["network_evaluations"], cell.name
+        return value(found, name), found["network_evaluations"], cell.name
 
-    return min(results, key=rank)
+    winner = min(results, key=rank)
+    if "failed" in results[winner]:
+        raise ValueError(
+            f"all {len(results)} cells failed, such as {winner.name}: {results[winner]['failed']}. "
+            "Look at the model, or choose another --grid"
+        )
+    return winner
 
 
-def evaluate_winner(sweep: Sweep, cell: Cell, crew: Crew) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report of the winner's evaluation and how long it took; what is there is kept."""
+def evaluate_winner(sweep: Sweep, cell: Cell, crew: Crew) -> dict[str, Any]:
+    """The report of the winner's evaluation; what is there is kept.
+
+    Raises:
+        ValueError: an image is not finite, though none of the cell's was.
+    """
     job, config = sweep.winner_job(cell)
     there = storage.join(job.output, REPORT)
-    timing = stored_result(sweep, job)
-    if timing and storage.exists(there):
-        return storage.read_json(there), timing
-    start = time.monotonic()
-    ((_, images, seconds),) = crew.draw(sweep, [job])
-    elapsed = time.monotonic() - start
-    found = write_evaluation(job, config, sweep.reference, sweep.extractor, elapsed)
-    timing = {
-        "plan_sha256": job.plan.sha256,
-        "reference_sha256": sweep.reference.sha256,
-        "timed_images": images,
-        "worker_seconds": seconds,
-    }
-    storage.write_json(storage.join(job.output, RESULT), timing)
-    return found, timing
+    if storage.exists(there):
+        found: dict[str, Any] = storage.read_json(there)
+        if _wanted(sweep, job).items() <= found["identity"].items():
+            return found
+    for _, failure in crew.draw(sweep, [job]):
+        if failure:
+            raise ValueError(
+                f"the winner {cell.name} failed beyond its first {sweep.config.cell_images} "
+                f"images: {failure}. Leave its scale out of the grid"
+            )
+    return write_evaluation(job, config, sweep.reference, sweep.extractor)
 
 
 def report(
@@ -539,14 +572,20 @@ def report(
     results: dict[Cell, dict[str, Any]],
     winner: Cell,
     judged: dict[str, Any],
-    timing: dict[str, Any],
 ) -> dict[str, Any]:
     """What report.json holds: all that the figure, a quotation and a repetition need."""
     config, name = sweep.config, sweep.extractor.distance
     cells = all_cells(sweep.lines)
-    times = [*results.values(), timing]
+    about, drawn = judged["identity"], results.values()
+    failed = [cell.name for cell, found in results.items() if "failed" in found]
+    warnings = [w for found in (*drawn, judged) for w in found["warnings"]]
+    if failed:
+        warnings.append(
+            f"{len(failed)} cells drew images that are not finite, and count as infinitely far: "
+            f"{', '.join(failed)}"
+        )
     plans = "".join(sweep.cell_job(cell).plan.sha256 for cell in cells)
-    shared = {k: v for k, v in judged["identity"].items() if k not in ("sampler", "ema_decay")}
+    shared = {k: v for k, v in about.items() if k not in ("sampler", "ema_decay")}
     return {
         "format_version": 1,
         "minimised": name,
@@ -577,23 +616,20 @@ def report(
             }
             for line in sweep.lines
         ],
-        "warnings": list(
-            dict.fromkeys([*next(iter(results.values()))["warnings"], *judged["warnings"]])
-        ),
+        "warnings": list(dict.fromkeys(warnings)),
         "identity": {
             **shared,
             "plan_sha256": hashlib.sha256(plans.encode()).hexdigest(),
-            "winner_plan_sha256": judged["identity"]["plan_sha256"],
+            "winner_plan_sha256": about["plan_sha256"],
             "weights_sha256": {
-                f"{ema:g}": source.info.weights_sha256 for ema, source in sweep.sources.items()
+                short(ema): source.info.weights_sha256 for ema, source in sweep.sources.items()
             },
-            "models": {f"{ema:g}": source.uri for ema, source in sweep.sources.items()},
-            "devices": sorted(
-                {d for found in (*results.values(), judged["identity"]) for d in found["devices"]}
-            ),
+            "models": {short(ema): source.uri for ema, source in sweep.sources.items()},
+            "devices": sorted({d for found in (*drawn, about) for d in found["devices"]}),
             "images": len(results) * config.cell_images + config.num_images,
-            "timed_images": sum(t["timed_images"] for t in times),
-            "worker_hours": sum(t["worker_seconds"] for t in times) / 3600,
+            "timed_images": sum(found["timed_images"] for found in (*drawn, about)),
+            "worker_hours": about["worker_hours"]
+            + sum(found["worker_seconds"] for found in drawn) / 3600,
         },
         "config": config.model_dump(mode="json"),
     }

@@ -8,10 +8,12 @@ Takes the dictionary that sweep.report makes; draws no images and computes no me
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines import storage
+from pipelines.grid import short
 from pipelines.report import command, flat, number
 
 WHOLE = (0.0, 1.0)
@@ -53,13 +55,13 @@ def figure(report: Mapping[str, Any]) -> bytes:
         points = [
             (scale, cells[cell]["metrics"][name], cell)
             for scale, cell in zip(line["scales"], line["cells"], strict=True)
-            if cell in cells
+            if name in cells.get(cell, {"metrics": {}})["metrics"]
         ]
         style = "--" if interval == WHOLE else STYLES[narrow.index(interval) % len(STYLES)]
         axes = axes_of[0, panels.index((line["solver"], line["steps"]))]
         colour = f"C{emas.index(line['ema'])}"
-        label = f"EMA {line['ema']:g}, " + (
-            "always" if interval == WHOLE else "in ({:g}, {:g})".format(*interval)
+        label = f"EMA {short(line['ema'])}, " + (
+            "always" if interval == WHOLE else f"in {_interval(interval)}"
         )
         axes.plot(
             [x for x, _, _ in points], [y for _, y, _ in points], style, color=colour, label=label,
@@ -94,7 +96,7 @@ def page(report: Mapping[str, Any]) -> str:
         "# Sweep",
         "",
         f"**{name} {number(metrics[name])}** over {winner['num_images']:,} images, with the EMA of "
-        f"decay {winner['ema']:g}, guidance {_guidance(sampler)}, {sampler['solver']}, "
+        f"decay {short(winner['ema'])}, guidance {_guidance(sampler)}, {sampler['solver']}, "
         f"{sampler['steps']} steps.",
         "",
         f"The best of {search['cells']} cells of {search['cell_images']:,} images each, out of a "
@@ -116,9 +118,9 @@ def page(report: Mapping[str, Any]) -> str:
         "| --- | --- |",
         *(f"| {key} | {_plain(value)} |" for key, value in flat(identity)),
         "",
-        f"Drawing took {identity['worker_hours']:.3g} hours of one worker (for "
-        f"{identity['timed_images']:,} of {identity['images']:,} images; what a killed job had "
-        f"drawn of an unfinished cell is not timed) on {', '.join(identity['devices'])}.",
+        f"Drawing took {identity['worker_hours']:.3g} hours of one worker on "
+        f"{', '.join(identity['devices'])}, for {identity['timed_images']:,} of "
+        f"{identity['images']:,} images.",
         "",
         "Do it again:",
         "",
@@ -133,7 +135,7 @@ def page(report: Mapping[str, Any]) -> str:
 def _table(report: Mapping[str, Any]) -> list[str]:
     """Every cell, the best first."""
     name, winner = report["minimised"], report["winner"]["cell"]
-    cells = sorted(report["cells"].items(), key=lambda cell: cell[1]["metrics"][name])
+    cells = sorted(report["cells"].items(), key=lambda cell: cell[1]["metrics"].get(name, math.inf))
     columns = list(cells[0][1]["metrics"])
     lines = [
         "| EMA | guidance | solver | steps | evaluations an image | " + " | ".join(columns) + " |",
@@ -141,11 +143,13 @@ def _table(report: Mapping[str, Any]) -> list[str]:
     ]
     for cell, found in cells:
         sampler = found["sampler"]
-        values = [number(found["metrics"][column]) for column in columns]
+        values = [number(v) for v in found["metrics"].values()]
+        if "failed" in found:
+            values = [f"failed: {found['failed']}"] + [""] * (len(columns) - 1)
         if cell == winner:
             values[0] = f"**{values[0]}**"
         words = (
-            f"{found['ema']:g}", _guidance(sampler), sampler["solver"], str(sampler["steps"]),
+            short(found["ema"]), _guidance(sampler), sampler["solver"], str(sampler["steps"]),
             str(found["network_evaluations"]), *values,
         )  # fmt: skip
         lines.append("| " + " | ".join(words) + " |")
@@ -155,7 +159,12 @@ def _table(report: Mapping[str, Any]) -> list[str]:
 def _guidance(sampler: Mapping[str, Any]) -> str:
     if sampler["cfg_scale"] == 1:
         return "1 (off)"
-    return "{:g} in ({:g}, {:g})".format(sampler["cfg_scale"], *sampler["cfg_interval"])
+    return f"{short(sampler['cfg_scale'])} in {_interval(sampler['cfg_interval'])}"
+
+
+def _interval(ends: Sequence[float]) -> str:
+    low, high = map(short, ends)
+    return f"({low}, {high})"
 
 
 def _plain(value: object) -> object:

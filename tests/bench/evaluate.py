@@ -30,7 +30,7 @@ SMALL = ModelConfig(
     image_size=64, patch_size=4, hidden_size=384, depth=8, num_heads=6, bottleneck_dim=64,
     in_context_len=8, in_context_start=2, num_classes=10,
 )  # fmt: skip
-STEPS, BATCH, WARM, TIMED, ROUNDS = 10, 4, 1, 5, 2
+STEPS, BATCH, WARM, TIMED, ROUNDS = 10, 4, 1, 5, 5
 
 
 def apart(function: Callable[..., Any], *arguments: object) -> Any:

@@ -58,6 +58,21 @@ def test_the_papers_grid_counts_as_many_cells_as_its_axes_say():
     assert most_cells(lines, "refined") == 3 * (2 * 5 - 1) + 6 * 6
 
 
+def test_cells_that_differ_in_a_far_digit_have_names_of_their_own():
+    lines = make_lines(
+        [0.9999, 0.99990001],
+        ["heun"],
+        [50],
+        [(0.1, 1.0), (0.10000001, 1.0)],
+        [1.5, 1.5000001, 1e39],
+    )
+    cells = all_cells(lines)
+
+    assert len({cell.name for cell in cells}) == len(cells) == 6
+    assert cells[0].name == "ema0.9999-heun50-cfg1.5-in0.1to1"
+    assert cells[1].name == "ema0.9999-heun50-cfg1.5000001-in0.1to1"
+
+
 def test_a_value_that_no_sampler_has_is_refused():
     with pytest.raises(ValueError, match="is not 0 <= low < high <= 1"):
         make_lines([0.9], ["heun"], [50], [(0.5, 0.1)], [2.0])

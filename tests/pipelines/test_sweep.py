@@ -32,6 +32,7 @@ from pipelines.config import (
     SweepConfig,
     load_preset,
 )
+from pipelines.drawing import code_sha256
 from pipelines.features import get_extractor
 from pipelines.fit import LocalContext, fit
 from pipelines.report import command
@@ -238,8 +239,9 @@ def test_the_report_says_all_that_is_needed_to_do_it_again(story: Story):
     ):  # fmt: skip
         assert identity[field] or field == "seed"
     assert identity["images"] == 20 * found["search"]["cells"] + 40
-    assert 0 < identity["timed_images"] <= identity["images"]
+    assert identity["timed_images"] == identity["images"]  # kills and all
     assert identity["worker_hours"] > 0
+    assert identity["code"] == code_sha256()
     for digest in (*identity["weights_sha256"].values(), identity["reference_sha256"]):
         assert digest in page
     assert sum(line.startswith(("| 0.5 |", "| 0.9 |")) for line in page.splitlines()) == len(
@@ -333,11 +335,42 @@ def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
     refused("steps is chosen twice: 3 for all cells, and", grid=GridConfig(steps=(2, 3)),
             sampler=SamplerChoice(steps=3))  # fmt: skip
     refused("both model .* and models", models=(one,))
+    refused(r"holds an artifact \(config.json\), which an evaluation would mix", output=one)
     # The folder of another sweep is left alone, and both values are said.
     before = written(story.output)
-    with pytest.raises(ValueError, match=r"holds another sweep: seed is 0 there, 7 here"):
-        sweep.run(story.config.model_copy(update={"seed": 7}))
+    for way in ({}, {"dry_run": True}):
+        with pytest.raises(ValueError, match=r"holds another sweep: seed is 0 there, 7 here"):
+            sweep.run(story.config.model_copy(update={"seed": 7, **way}))
     assert written(story.output) == before
+
+
+@pytest.mark.ray
+def test_a_cell_that_diverges_is_reported_and_the_search_goes_on(
+    run_folder: str, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grid = GridConfig(ema=(0.5,), cfg_scale=(1.5, 1.5000001, 1e39), cfg_interval=((0.0, 1.0),))
+    wanted = config(run_folder, reference, tmp_path / "output", grid=grid)
+
+    sweep.run(wanted)
+
+    found = report_of(tmp_path / "output")
+    broken = found["cells"]["ema0.5-heun2-cfg1e+39-in0to1"]
+    assert re.match(r"image \d+ of class \d is not finite", broken["failed"])
+    assert broken["metrics"] == {}
+    assert found["winner"]["cell"] in (
+        "ema0.5-heun2-cfg1.5-in0to1", "ema0.5-heun2-cfg1.5000001-in0to1",
+    )  # fmt: skip
+    assert any("1 cells drew images that are not finite" in line for line in found["warnings"])
+    page = (tmp_path / "output" / "report.md").read_text()
+    assert f"failed: {broken['failed']}" in page
+    with monkeypatch.context() as patch:  # what failed is not tried again
+        patch.delattr("pipelines.sweep.connect")
+        sweep.run(wanted)
+    assert report_of(tmp_path / "output") == found
+
+    hopeless = GridConfig(ema=(0.5,), cfg_scale=(1e39, 2e39), cfg_interval=((0.0, 1.0),))
+    with pytest.raises(ValueError, match=r"all 2 cells failed, such as ema0.5-heun2-cfg1e\+39"):
+        sweep.run(wanted.model_copy(update={"grid": hopeless}))
 
 
 @pytest.mark.ray
