@@ -1,7 +1,8 @@
 """Model -> evaluation folder, and real images -> reference statistics, fanned out by Ray.
 
-What is drawn and computed is in evaluation, drawing, reference and metrics, which know no Ray; how
-work is dealt to workers, and what happens when one dies, is in pool.
+What is drawn and computed is in evaluation, drawing, reference and metrics, which know no Ray. How
+chunks are dealt to workers that draw, and what happens when one dies, is in pool; the pieces of a
+reference are mapped by Ray Data.
 
 Run the same line again to go on: parts that are valid are kept, and a folder whose plan differs is
 refused. Metrics are computed from the stored features each time, so another reference costs no
@@ -17,12 +18,15 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
     raise SystemExit(main(["evaluate", *sys.argv[1:]]))
 
+import contextlib
 import logging
-import os
-import platform
 from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
 
-from pipelines import evaluation, lease, storage
+import ray.data
+
+from pipelines import evaluation, lease, runtime, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, StageFailed, require
 from pipelines.evaluation import (
     DRAWN_BY,
@@ -39,7 +43,7 @@ from pipelines.evaluation import (
     stored_plan,
     write_plan,
 )
-from pipelines.features import get_extractor, portable_weights
+from pipelines.features import Extractor, get_extractor, portable_weights
 from pipelines.models import find_model
 from pipelines.pool import Pool, Progress, fleet
 from pipelines.reference import (
@@ -62,24 +66,47 @@ from pipelines.versions import tool_versions
 logger = logging.getLogger(__name__)
 
 
+MAX_DEATHS = 3
+"""Times that a worker may die, and that a piece may lose its worker, while a reference is made."""
+
+
 class FeatureWorker:
-    """Extracts and publishes pieces of a reference; holds one extractor on one device."""
+    """Extracts and publishes pieces of a reference, as Ray Data hands them out; holds one
+    extractor on one device."""
 
     def __init__(
-        self, config: ReferenceConfig, images: RealImages, identity: ReferenceIdentity
+        self,
+        config: ReferenceConfig,
+        images: RealImages,
+        identity: ReferenceIdentity,
+        weights: ray.ObjectRef[str | bytes],
+        stop: runtime.Stop,
     ) -> None:
         self.config, self.images, self.identity = config, images, identity
+        self.weights, self.stop = weights, stop
 
-    def start(self) -> str:
+    @cached_property
+    def extractor(self) -> Extractor:
+        """Loaded with the first piece, whose answer tells what went wrong."""
         self.device = pick_device()
-        self.extractor = get_extractor(self.config.extractor, self.config.weights, self.device)
-        return f"process {os.getpid()} on {platform.node()}, {self.device.type}"
+        return get_extractor(self.config.extractor, ray.get(self.weights), self.device)
 
-    def run(self, piece: range) -> int:
-        keep = self.config.keep_features
-        found = extract(self.images, piece, self.extractor, self.device, keep)
-        write_piece(piece_uri(self.config.output, self.identity, piece), found)
-        return len(piece)
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """How many images were extracted, or which error stopped it."""
+        # An exception would come back wrapped in pages of Ray's own; one line is enough.
+        result = {"images": 0, "kind": "", "error": ""}
+        if self.stop.is_set():
+            return result
+        piece = range(row["start"], row["stop"])
+        try:
+            with explained(self.config.output):
+                extractor, keep = self.extractor, self.config.keep_features
+                found = extract(self.images, piece, extractor, self.device, keep)
+                write_piece(piece_uri(self.config.output, self.identity, piece), found)
+        except Exception as error:
+            logger.exception("images %d to %d failed", piece.start, piece.stop - 1)
+            return result | {"kind": type(error).__name__, "error": str(error)}
+        return result | {"images": len(piece)}
 
 
 def run(config: EvaluateConfig) -> None:
@@ -201,21 +228,53 @@ def run_reference(config: ReferenceConfig) -> None:
     if missing:
         connect()
         storage.check_writable(config.output.rpartition("/")[0] or "/")
-        workers, gpu = fleet(config.workers, len(missing))
-        place = storage.join(pieces_uri(config.output), WRITER)
         with (
             explained(config.output),
-            lease.claim(place),
-            Pool(FeatureWorker, config, images, identity, workers=workers, gpu=gpu) as pool,
+            lease.claim(storage.join(pieces_uri(config.output), WRITER)),
         ):
-            left = sum(map(len, missing))
-            progress = Progress("extracted", images.num_images, images.num_images - left)
-            for _, number in pool.map(missing):
-                progress.add(number)
+            extract_pieces(config, images, identity, missing)
     with explained(config.output):
         write_reference(config.output, identity, all_pieces(config.output, identity, images))
     storage.delete(pieces_uri(config.output))
     logger.info("reference: %s, %d images", config.output, images.num_images)
+
+
+def extract_pieces(
+    config: ReferenceConfig, images: RealImages, identity: ReferenceIdentity, pieces: list[range]
+) -> None:
+    """Extract and publish these pieces, by a fleet of workers.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: an image cannot be used, or not be read.
+        StageFailed: a piece could not be written, or its workers died.
+    """
+    runtime.quiet_data()
+    workers, gpu = fleet(config.workers, len(pieces))
+    weights = ray.put(portable_weights(config.extractor, config.weights))
+    stop = runtime.Stop()
+    rows = [{"start": piece.start, "stop": piece.stop} for piece in pieces]
+    extracted = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        FeatureWorker,  # type: ignore[arg-type]  # a class: its instances are called
+        fn_constructor_args=(config, images, identity, weights, stop),
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=1,
+        num_gpus=int(gpu),
+        max_restarts=MAX_DEATHS,
+        max_task_retries=MAX_DEATHS,
+    )
+    kinds = {kind.__name__: kind for kind in (FileNotFoundError, PermissionError, ValueError)}
+    progress = Progress("extracted", images.num_images, images.num_images - sum(map(len, pieces)))
+    try:
+        with contextlib.closing(stop.rows(extracted)) as answers:
+            for row in answers:
+                if row["error"]:
+                    raise kinds.get(row["kind"], StageFailed)(row["error"])
+                progress.add(row["images"])
+    except ray.exceptions.RayError as error:
+        raise StageFailed(
+            "workers died again and again over the same images; out of memory? The same command "
+            f"goes on ({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 def refuse_another_reference(output: str, identity: ReferenceIdentity) -> None:

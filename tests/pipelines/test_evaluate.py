@@ -34,6 +34,7 @@ from pipelines import lease, shards, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, SamplerChoice
 from pipelines.drawing import Plan, device_name, draw_batch, read_part
 from pipelines.evaluate import run, run_reference
+from pipelines.features import standard_inception
 from pipelines.images import encode
 from pipelines.reference import is_kept, read_reference
 from tests.pipelines.conftest import FaultyStore
@@ -274,30 +275,44 @@ def test_any_fleet_draws_the_same_bytes_whoever_dies_and_a_second_run_draws_what
     assert "16 of 24 images are there already" in caplog.text
     assert "part-00004.parquet is damaged" in caplog.text
 
-    # What has been drawn is judged again without a cluster.
+    # What has been drawn is judged again without a cluster, and keeps its hours.
+    report = json.loads((one / "report.json").read_text())
     (one / "report.json").unlink()
     with monkeypatch.context() as patch:
         patch.delattr("pipelines.evaluate.connect")
         run(config(artifact, reference, one))
     assert json.loads((one / "report.json").read_text())["metrics"] == report["metrics"]
 
+    again = json.loads((one / "report.json").read_text())
+    assert again["identity"] == report["identity"]
+    assert report["identity"]["timed_images"] == 24
+    assert report["identity"]["worker_hours"] > 0
+
+    # Another form of images is refused: what is drawn already would have to be drawn again.
+    with pytest.raises(ValueError, match="keep_images is none there, png here"):
+        run(config(artifact, reference, one, keep_images="png"))
+    with pytest.raises(ValueError, match="keep_images is parquet there, tar here"):
+        run(config(artifact, reference, three, keep_images="tar"))
+
     # Another plan in the same folder is refused, with both values of each difference.
     changes = {"sampler": SamplerChoice(cfg_scale=1.5), "seed": 7}
-    with pytest.raises(ValueError, match=r"sampler.cfg_scale is 2.9 there, 1.5 here; seed is 0"):
-        run(config(artifact, reference, one, **changes))
+    for way in ({}, {"dry_run": True}):
+        with pytest.raises(ValueError, match=r"sampler.cfg_scale is 2.9 there, 1.5 here; seed is"):
+            run(config(artifact, reference, one, **changes, **way))
 
     # So is going on with other sources, which may round differently; judging needs none.
     plan = json.loads((one / "plan.json").read_text())
     plan["plan"]["code"] = "another"
     (one / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(ValueError, match=r"code is another there, [0-9a-f]{16} here"):
-        run(config(artifact, reference, one))
+    for way in ({}, {"dry_run": True}):
+        with pytest.raises(ValueError, match=r"code is another there, [0-9a-f]{16} here"):
+            run(config(artifact, reference, one, **way))
     assert read_part(str(one / "features" / parts[0]), a_plan(), 0) is None
 
 
 @pytest.mark.ray
 def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
-    artifact: Path, reference: Path, tmp_path: Path
+    artifact: Path, reference: Path, dataset: Path, tmp_path: Path
 ):
     output = tmp_path / "output"
     owls = (*CLASSES[:3], ClassInfo(name="eagle owl"))
@@ -322,6 +337,13 @@ def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
     refused(ValueError, "class 3 is 'owl' in the reference and 'eagle owl'", artifact=renamed)
     refused(ValueError, "25 images cannot be spread evenly over 4 classes", num_images=25)
     refused(ValueError, "--workers 99 needs 99 CPUs, but the cluster has", workers=99)
+    before = sorted(path.name for path in dataset.iterdir())
+    for folder, what in ((artifact, "an artifact"), (dataset, "a dataset")):
+        with pytest.raises(ValueError, match=rf"holds {what} .*choose another --output"):
+            run(config(artifact, reference, folder))
+    assert sorted(path.name for path in dataset.iterdir()) == before
+    with pytest.raises(ValueError, match="seed"):
+        config(artifact, reference, output, seed=2**63)
     with pytest.raises(NotADirectoryError, match="is a file"):
         run(config(artifact, reference, artifact / "config.json" / "x"))
 
@@ -350,6 +372,9 @@ def test_images_of_another_size_are_judged_at_the_references_and_agree_with_the_
     ):
         run(config(large, reference, output))
 
+    with pytest.raises(ValueError, match=r"about images of 16 pixels, those to be judged have 24"):
+        run(config(large, reference, output, resize_to=24))
+
     run(config(large, reference, output, resize=True, keep_images="png"))
 
     report = json.loads((output / "report.json").read_text())
@@ -372,15 +397,38 @@ def test_a_foreign_reference_gives_what_its_moments_suffice_for(
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(ValueError, match=r"about 2048 features .* efflite0 has 1280"):
         run(config(artifact, tmp_path / "inception.npz", tmp_path / "output"))
-    with pytest.raises(ValueError, match=r"--resize needs a reference that tells its image size"):
+    with pytest.raises(ValueError, match=r"tells its image size; .* add --resize-to SIZE"):
         run(config(artifact, tmp_path / "ref.npz", tmp_path / "output", resize=True))
 
-    run(config(artifact, tmp_path / "ref.npz", tmp_path / "output"))
+    run(config(artifact, tmp_path / "ref.npz", tmp_path / "output", resize_to=24))
 
     report = json.loads((tmp_path / "output" / "report.json").read_text())
+    assert report["identity"]["resize"] == "16 to 24, Pillow bicubic"
+    assert report["identity"]["image_size"] == 24
     assert "FD-efflite0_high" in report["metrics"]
     assert "KID-efflite0" not in report["metrics"]
     assert "was taken on trust" in caplog.text
+
+
+@pytest.mark.ray
+def test_weights_that_only_the_drivers_machine_has_reach_the_workers(
+    artifact: Path, dataset: Path, inception_file: Path, tmp_path: Path,
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setenv("JIT_CACHE", str(tmp_path))  # the cluster runs already, and has another
+    shutil.copy(inception_file, standard_inception())
+    reference, output = tmp_path / "r.npz", tmp_path / "output"
+
+    run_reference(
+        ReferenceConfig(
+            data=str(dataset), output=str(reference), workers=1, extractor="inception",
+            num_images=14,
+        )
+    )  # fmt: skip
+    run(config(artifact, reference, output, extractor="inception", num_images=12))
+
+    metrics = json.loads((output / "report.json").read_text())["metrics"]
+    assert any(name.startswith("sFD-inception-") for name in metrics)
 
 
 @pytest.mark.ray
@@ -592,6 +640,61 @@ def test_an_evaluation_into_a_store_that_fails_has_the_same_pixels(
             patch.setenv(name, value)
         report = storage.read_json("s3://bucket/evaluation/report.json")
     assert report["identity"]["pixels_sha256"] == drawn_alone
+
+
+@pytest.mark.ray
+def test_a_damaged_image_ends_a_reference_with_its_row_and_what_was_extracted_is_kept(
+    dataset: Path, tmp_path: Path
+):
+    data, output = tmp_path / "data", tmp_path / "r.npz"
+    shutil.copytree(dataset, data)
+    shard = data / shards.read_manifest(str(data)).shards[2].file
+    content = bytearray(shard.read_bytes())
+    middle = content.index(b"IDAT", len(content) // 2)
+    content[middle : middle + 4] = b"XXXX"
+    shard.write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"00002-of-00003.parquet is damaged: row \d+ cannot be"):
+        run_reference(ReferenceConfig(data=str(data), output=str(output), workers=1))
+
+    assert not output.exists()
+    assert len(list(Path(f"{output}.pieces").glob("*.npz"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_reference_survives_its_workers(
+    dataset: Path, reference: Path, tmp_path: Path, short_tmp: Path
+):
+    output = tmp_path / "killed.npz"
+    command = [
+        sys.executable, "-c", DRIVER, str(short_tmp), "reference", str(dataset), "--output",
+        str(output), "--workers", "1",
+    ]  # fmt: skip
+
+    def line(pid: str) -> str:
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            return ""
+
+    def workers() -> Iterator[int]:
+        for place in Path("/proc").glob("[0-9]*"):
+            if "FeatureWorker" in line(place.name):
+                parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
+                if str(short_tmp) in line(parent):
+                    yield int(place.name)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
+        while not list(Path(f"{output}.pieces").glob("*.npz")):
+            assert driver.poll() is None, "it ended before a worker could be killed"
+            time.sleep(0.005)
+        (victim,) = workers()
+        os.kill(victim, signal.SIGKILL)
+        said = driver.communicate()[1]
+
+    assert driver.returncode == 0, said
+    assert output.read_bytes() == reference.read_bytes()
 
 
 @pytest.mark.slow
