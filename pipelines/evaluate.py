@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -253,15 +254,17 @@ def extract_pieces(
     weights = ray.put(portable_weights(config.extractor, config.weights))
     stop = runtime.Stop()
     rows = [{"start": piece.start, "stop": piece.stop} for piece in pieces]
-    extracted = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        FeatureWorker,  # type: ignore[arg-type]  # a class: its instances are called
-        fn_constructor_args=(config, images, identity, weights, stop),
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-        num_cpus=1,
-        num_gpus=int(gpu),
-        max_restarts=MAX_DEATHS,
-        max_task_retries=MAX_DEATHS,
-    )
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        # Ray 2.60 warns of max_restarts without another name for it; its default is no end.
+        extracted = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            FeatureWorker,  # type: ignore[arg-type]  # a class: its instances are called
+            fn_constructor_args=(config, images, identity, weights, stop),
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            num_gpus=int(gpu),
+            max_restarts=MAX_DEATHS,
+            max_task_retries=MAX_DEATHS,
+        )
     kinds = {kind.__name__: kind for kind in (FileNotFoundError, PermissionError, ValueError)}
     progress = Progress("extracted", images.num_images, images.num_images - sum(map(len, pieces)))
     try:

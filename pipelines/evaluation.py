@@ -1,8 +1,8 @@
 """One evaluation, from what it shall draw to its report; no Ray.
 
-An evaluation folder is plan.json; features/part-*.parquet; on request images/; and, last, the
-report. Whoever has the folder can compute the metrics anew, against another reference too, without
-the model or a GPU.
+An evaluation folder is plan.json; features/part-*.parquet; times/part-*.json, what each of them
+took; on request images/; and, last, the report. Whoever has the folder can compute the metrics
+anew, against another reference too, without the model or a GPU.
 """
 
 from __future__ import annotations

@@ -54,10 +54,11 @@ def test_an_artifact_and_a_half_done_evaluation_say_what_they_are(half: str, tmp
     config = EvaluateConfig(num_images=40, batch=10, chunk_batches=2, precision="fp32")
     source = find_model(artifact)
     plan = evaluation.make_plan(config, source, get_extractor("efflite0").identity, None)
-    evaluation.write_plan(output, plan, config.model_dump(mode="json"))
+    job = Job(source, plan, output)
+    evaluation.write_plan(job, config.model_dump(mode="json"))
     worker = SampleWorker("efflite0", "")
     worker.start()
-    worker.run((Job(source, plan, output, "none"), 1))
+    worker.run((job, 1))
 
     assert describe(artifact)[0] == "artifact: 28 px, patch 14, width 32, depth 2, 10 classes"
     assert describe(output)[0] == "evaluation folder, not finished: 1 of 2 chunks of 40 images"
