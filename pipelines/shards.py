@@ -179,7 +179,7 @@ def rejects_table(rejects: Sequence[Reject]) -> bytes:
 def sha256(uri: str) -> str:
     """Digest of a file, read in pieces."""
     digest = hashlib.sha256()
-    with storage.honest_errors(uri), storage.open_input(uri) as file:
+    with storage.honest_errors(uri), storage.open_patiently(uri) as file:
         while piece := file.read(2**22):
             digest.update(piece)
     return digest.hexdigest()
@@ -242,7 +242,7 @@ def check_there(uri: str, manifest: Manifest) -> None:
 
 def read_images(uri: str, labels: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """Label and image of the rows of a shard that have one of the labels, in their order."""
-    with storage.honest_errors(uri), storage.open_input(uri) as source:
+    with storage.honest_errors(uri), storage.open_patiently(uri) as source:
         file = pq.ParquetFile(source, pre_buffer=False)
         for group in range(file.num_row_groups):
             label = file.read_row_group(group, columns=["label"])["label"].to_numpy()
@@ -285,7 +285,7 @@ def check_shard(
         digest = digest or sha256(uri)
         if digest != info.sha256:
             return Check([f"{info.file}: sha256 is {digest}, not {info.sha256}"], nothing, nothing)
-        with storage.honest_errors(uri), storage.open_input(uri) as source:
+        with storage.honest_errors(uri), storage.open_patiently(uri) as source:
             file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
             if not file.schema_arrow.equals(schema(classes), check_metadata=True):
                 return Check([f"{info.file}: not the columns of a shard"], nothing, nothing)
@@ -384,7 +384,7 @@ def verify(uri: str) -> list[str]:
 def _rejected_ids(uri: str) -> np.ndarray | None:
     """Ids of the images that cannot be used; None if the list cannot be read."""
     try:
-        with storage.open_input(storage.join(uri, REJECTS)) as file:
+        with storage.open_patiently(storage.join(uri, REJECTS)) as file:
             return pq.read_table(file, columns=["id"])["id"].to_numpy()
     except PermissionError:
         raise

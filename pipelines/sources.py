@@ -655,7 +655,7 @@ class ParquetFiles:
 
     def _labels(self, name: str) -> Iterator[tuple[int, NDArray[np.int64]]]:
         uri = storage.join(self.root, name)
-        with storage.honest_errors(uri), storage.open_input(uri) as source:
+        with storage.honest_errors(uri), storage.open_patiently(uri) as source:
             file = pq.ParquetFile(source)
             for group in range(file.num_row_groups):
                 if self.one:
@@ -679,7 +679,7 @@ class HubLayout(NamedTuple):
 def _hub_layout(root: str, name: str, one: bool) -> HubLayout:
     uri = storage.join(root, name)
     try:
-        with storage.honest_errors(uri), storage.open_input(uri) as source:
+        with storage.honest_errors(uri), storage.open_patiently(uri) as source:
             schema = pq.read_schema(source)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri} is not a Parquet file: {error}") from error
@@ -886,7 +886,7 @@ def _read_rows(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, byte
     left, reasons = set(rows), dict[int, str]()
     with tempfile.TemporaryFile(prefix="jit-") as kept:
         places = []
-        with storage.honest_errors(uri), storage.open_input(uri) as source:
+        with storage.honest_errors(uri), storage.open_patiently(uri) as source:
             file = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
             is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
             columns = [f"{column}.bytes" if is_struct else column]

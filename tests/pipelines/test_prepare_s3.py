@@ -151,6 +151,26 @@ def test_credentials_that_expire_are_one_line_and_new_ones_go_on(
     assert _digests(f"{root}/dataset") == _digests(str(local))
 
 
+@pytest.mark.ray
+def test_verification_and_parquet_are_read_from_a_store_that_fails(
+    local: Path, monkeypatch: pytest.MonkeyPatch, faulty_store: Any,
+    faulty_environment: dict[str, str], tmp_path: Path,
+) -> None:  # fmt: skip
+    _point_to(faulty_environment, monkeypatch)
+    faulty_store.reset = faulty_store.truncate = 0.15
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    storage.publish_folder(local, root, last=shards.MANIFEST)
+    assert shards.verify(root) == []
+    refs = {}
+    for uri in (root, str(local)):
+        source = sources.open_source(uri)
+        sources.write_index(source, tmp_path / "index")
+        listed = Index(tmp_path / "index").refs(range(120))
+        refs[uri] = {listed[i].path: image for i, image in sources.read_images(uri, listed)}
+    assert refs[root] == refs[str(local)]
+    assert min(faulty_store.seen[kind] for kind in ("slow_down", "reset", "truncate")) >= 3
+
+
 def test_an_object_that_may_not_be_read_is_a_reject_unless_none_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty_store: Any,
     faulty_environment: dict[str, str],
