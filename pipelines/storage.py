@@ -4,8 +4,8 @@ A URI is a plain path, file:///path or s3://bucket/key. What is written appears 
 all: locally as a temporary file that is renamed, on S3 as a single PUT. Credentials, region and
 endpoint come from the usual AWS environment and files, never from a URI.
 
-Objects go through boto3, which knows conditional writes and says why a request failed; Parquet
-is read through pyarrow's file systems, by ranges. A store that is slow, resets connections or
+Objects go through boto3, which knows conditional writes and says why a request failed; what
+training reads of Parquet comes through pyarrow's file systems, by ranges. A store that is slow, resets connections or
 cuts answers short is asked again, later and later with jitter, until a deadline; one that refuses
 us is not.
 """
