@@ -5,9 +5,9 @@ all: locally as a temporary file that is renamed, on S3 as a single PUT. Credent
 endpoint come from the usual AWS environment and files, never from a URI.
 
 Objects go through boto3, which knows conditional writes and says why a request failed; what
-training reads of Parquet comes through pyarrow's file systems, by ranges. A store that is slow, resets connections or
-cuts answers short is asked again, later and later with jitter, until a deadline; one that refuses
-us is not.
+training reads of Parquet comes through pyarrow's file systems, by ranges. A store that is slow,
+resets connections or cuts answers short is asked again, later and later with jitter, until a
+deadline; one that refuses us is not.
 """
 
 from __future__ import annotations
