@@ -133,10 +133,10 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
         raise ValueError(f"{uri} is compressed, so that nothing in it can be found: decompress it")
     is_file = uri.endswith((".parquet", ".tar")) or "*" in pattern
     root = folder or ("/" if uri.startswith("/") else ".")
-    folders, files = storage.list_folder(root if is_file else uri)
-    if is_file and pattern in folders:
-        is_file, (folders, files) = False, storage.list_folder(uri)
-    packed = [f for f in files if f.relative.endswith((".parquet", ".tar"))]
+    top = _top(root if is_file else uri)
+    if is_file and pattern in top.folders:
+        is_file, top = False, _top(uri)
+    folders, packed = top.folders, top.packed
     if is_file:
         matching = [f.relative for f in packed if f.relative == pattern]
         packed = _visible(packed)
@@ -150,7 +150,7 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
         if matching[0].endswith(".tar"):
             return _open_tars(root, matching, chosen, named, one)
         _refuse_labels(uri, named)
-        return ParquetFiles(root, [f for f in files if f.relative in matching], chosen, one)
+        return ParquetFiles(root, [f for f in top.packed if f.relative in matching], chosen, one)
     folders = [name for name in folders if not name.startswith(".")]
     tables = []
     if "data" in folders:  # as on the Hub, and as prepared folders are
@@ -185,13 +185,35 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
                 f"--source '{storage.join(uri, min(kinds))}*.tar'"
             )
         return _open_tars(uri, archives, chosen, named, one)
-    loose = [f.relative for f in files if f.relative.lower().endswith(IMAGE_SUFFIXES)]
-    if one or (loose and (named or VALIDATION.fullmatch(loose[0]))):
+    if one or (top.num_loose and (named or VALIDATION.fullmatch(top.first_loose))):
         parts = [Part(name, name) for name in folders]
-        return Files(uri, [Part("", "loose images"), *parts] if loose else parts,
+        return Files(uri, [Part("", "loose images"), *parts] if top.num_loose else parts,
                      *_labelling(uri, chosen, named, one))  # fmt: skip
     _refuse_labels(uri, named)
-    return _folder_tree(uri, folders, chosen, len(loose))
+    return _folder_tree(uri, folders, chosen, top.num_loose)
+
+
+class Top(NamedTuple):
+    """What lies directly in a folder; its images are counted, for they may be millions."""
+
+    folders: list[str]
+    packed: list[storage.FileEntry]
+    """Parquet files and tars."""
+    num_loose: int
+    first_loose: str
+    """Name of the first image."""
+
+
+def _top(uri: str) -> Top:
+    folders, packed, count, first = [], [], 0, ""
+    for entry in storage.scan(uri):
+        if entry.relative.endswith("/"):
+            folders.append(entry.relative[:-1])
+        elif entry.relative.endswith((".parquet", ".tar")):
+            packed.append(entry)
+        elif entry.relative.lower().endswith(IMAGE_SUFFIXES):
+            count, first = count + 1, first or entry.relative
+    return Top(sorted(folders, key=os.fsencode), packed, count, first)
 
 
 def _visible(files: Iterable[storage.FileEntry]) -> list[storage.FileEntry]:
@@ -361,7 +383,7 @@ class Files:
         if part.file:
             found: Iterable[storage.FileEntry] = storage.walk(storage.join(self.root, part.file))
         else:
-            _, found = storage.list_folder(self.root)
+            found = (e for e in storage.scan(self.root) if not e.relative.endswith("/"))
         version = hashlib.sha256()
         for e in found:
             if _is_image(e.relative, skipped):

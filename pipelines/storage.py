@@ -402,7 +402,9 @@ def walk(uri: str) -> Iterator[FileEntry]:
         FileNotFoundError: there is no such folder.
     """
     path = local_path(uri)
-    return _walk_s3(uri) if path is None else _walk_local(path, uri, "", ())
+    if path is not None:
+        return _walk_local(path, uri, "", ())
+    return (entry for entry in _listed(uri) if not entry.relative.endswith("/"))
 
 
 def list_folder(uri: str) -> tuple[list[str], list[FileEntry]]:
@@ -411,26 +413,31 @@ def list_folder(uri: str) -> tuple[list[str], list[FileEntry]]:
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    path = local_path(uri)
     folders, files = [], []
-    if path is not None:
-        for entry in _scan(path, uri):
-            if _is_folder(entry):
-                folders.append(entry.name)
-            elif _is_file(entry):
-                files.append(_entry(Path(entry.path), uri, entry.name))
-    else:
-        bucket, prefix = _folder_key(uri)
-        for page in _pages(uri, Bucket=bucket, Prefix=prefix, Delimiter="/"):
-            folders += [p["Prefix"][len(prefix) : -1] for p in page.get("CommonPrefixes", ())]
-            files += [
-                FileEntry(f"{S3}{bucket}/{key}", key[len(prefix) :], size, changed)
-                for key, size, changed in _page(page)
-                if key != prefix
-            ]
-        if not folders and not files:
-            raise _no_folder(uri)
-    return sorted(folders, key=os.fsencode), sorted(files, key=lambda e: os.fsencode(e.relative))
+    for entry in scan(uri):
+        if entry.relative.endswith("/"):
+            folders.append(entry.relative[:-1])
+        else:
+            files.append(entry)
+    if not folders and not files and local_path(uri) is None:
+        raise _no_folder(uri)
+    return sorted(folders, key=os.fsencode), files
+
+
+def scan(uri: str) -> Iterator[FileEntry]:
+    """What lies directly in a folder, sorted by name; only names are held. Folders end in /.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    path = local_path(uri)
+    if path is None:
+        yield from _listed(uri, Delimiter="/")
+        return
+    for _, packed in _in_order(_names(path, uri)):
+        name = os.fsdecode(packed)
+        is_folder = name.endswith("/")
+        yield FileEntry(join(uri, name), name, 0) if is_folder else _entry(path / name, uri, name)
 
 
 def delete(uri: str) -> None:
@@ -611,29 +618,36 @@ def _no_folder(uri: str) -> FileNotFoundError:
     return FileNotFoundError(f"no folder at {uri}: check the path, or what it is mounted from")
 
 
-def _scan(path: Path, uri: str) -> Iterator[os.DirEntry[str]]:
+def _names(path: Path, uri: str) -> Iterator[bytes]:
+    """Names in a local folder; those of folders end in /, so that they sort as their files will."""
     if not path.exists():
         raise _no_folder(uri)
     if not path.is_dir():
         raise NotADirectoryError(f"{uri} is a file, not a folder")
     with os.scandir(path) as entries:
-        yield from entries
+        for entry in entries:
+            if _is_folder(entry):
+                yield os.fsencode(f"{entry.name}/")
+            elif _is_file(entry):
+                yield os.fsencode(entry.name)
 
 
-def _walk_s3(uri: str) -> Iterator[FileEntry]:
+def _listed(uri: str, **request: str) -> Iterator[FileEntry]:
+    """Objects below a folder on S3, and with a delimiter what is common to some, sorted."""
     bucket, prefix = _folder_key(uri)
     sizes, changes = array("q"), array("q")
 
     def names() -> Iterator[bytes]:
-        for page in _pages(uri, Bucket=bucket, Prefix=prefix):
-            for key, size, changed in _page(page):
+        for page in _pages(uri, Bucket=bucket, Prefix=prefix, **request):
+            common = [(found["Prefix"], 0, 0) for found in page.get("CommonPrefixes", ())]
+            for key, size, changed in common + _page(page):
                 sizes.append(size)
                 changes.append(changed)
                 yield key[len(prefix) :].encode()
 
     for i, name in _in_order(names()):  # not every store sorts as S3 does
         relative = name.decode()
-        if relative and not relative.endswith("/"):
+        if relative:
             yield FileEntry(f"{S3}{bucket}/{prefix}{relative}", relative, sizes[i], changes[i])
     if not sizes:
         raise _no_folder(uri)
@@ -646,15 +660,7 @@ def _walk_local(
     real = os.path.realpath(folder)
     if any(f"{outer}/".startswith(f"{real.rstrip('/')}/") for outer in above):
         return
-
-    def names() -> Iterator[bytes]:
-        for entry in _scan(folder, join(uri, relative) if relative else uri):
-            if _is_folder(entry):
-                yield os.fsencode(f"{entry.name}/")  # sorted as its files will be
-            elif _is_file(entry):
-                yield os.fsencode(entry.name)
-
-    for _, packed in _in_order(names()):
+    for _, packed in _in_order(_names(folder, join(uri, relative) if relative else uri)):
         name = os.fsdecode(packed)
         if name.endswith("/"):
             yield from _walk_local(folder / name, uri, f"{relative}{name}", (*above, real))

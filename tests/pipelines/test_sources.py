@@ -326,12 +326,12 @@ def test_what_is_read_ahead_is_bounded_in_number_and_in_bytes() -> None:
     assert begun == list(range(10))
 
 
-@pytest.mark.parametrize("kind", ["tree", "tar"])
+@pytest.mark.parametrize("kind", ["tree", "flat", "tar"])
 def test_a_class_of_many_images_is_listed_without_holding_them(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"{i:06d}.png" for i in range(20_000)]
-    if kind == "tree":
+    if kind != "tar":
         (tmp_path / "tree" / "one").mkdir(parents=True)
         for name in names:
             (tmp_path / "tree" / "one" / name).touch()
@@ -340,12 +340,13 @@ def test_a_class_of_many_images_is_listed_without_holding_them(
             file.writelines(tarfile.TarInfo(name).tobuf() for name in names)
     monkeypatch.setattr(index_module, "INDEX_ROWS", 500)
     monkeypatch.setattr(storage, "NAMES", 500)
-    uri, classes = {"tree": ("tree", ""), "tar": ("tar.tar", "one")}[kind]
-    source = open_source(str(tmp_path / uri), classes)
-    write_index(source, tmp_path / "warm")
+    uri = {"tree": "tree", "flat": "tree/one", "tar": "tar.tar"}[kind]
+    classes = "" if kind == "tree" else "one"
+    write_index(open_source(str(tmp_path / uri), classes), tmp_path / "warm")
 
     arrow = pa.total_allocated_bytes()
     tracemalloc.start()
+    source = open_source(str(tmp_path / uri), classes)
     held = 0
     for batch in sources.list_part(source, source.parts[0]):
         held = max(held, pa.total_allocated_bytes() - arrow - batch.nbytes)
