@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jitmodel import random
 from jitmodel.cost import WIDTH_MULTIPLE
 
 ROTARY_THETA = 10_000.0
@@ -169,6 +170,28 @@ class LabelEmbedding(nn.Module):
         return rows
 
 
+class Dropout(nn.Module):
+    """Zeroes elements while training; an image's mask is a function of its word alone.
+
+    So it is the same in any batch, on any rank, and when a block is computed again.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, h: Tensor, words: Tensor | None) -> Tensor:
+        """[B, L, D] -> [B, L, D]; words int64 [B], or None for torch's own generator."""
+        if not (self.training and self.probability):
+            return h
+        if words is None:
+            return F.dropout(h, self.probability)
+        shape = h.shape[1:]
+        positions = torch.arange(shape.numel(), device=h.device).view(1, *shape)
+        kept = random.derive(positions, words[:, None, None]) >= int(self.probability * 2**32)
+        return torch.where(kept, h * (1 / (1 - self.probability)), 0)
+
+
 class Attention(nn.Module):
     """Self-attention with RMSNorm on q and k and a 2D rotary embedding."""
 
@@ -179,10 +202,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width // num_heads)
         self.k_norm = RMSNorm(width // num_heads)
         self.proj = Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D].
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, words: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D]; words [B] for dropout.
 
         q and k are normalised and turned in fp32 and enter the product in the compute type; the
         authors keep fp32 up to the softmax (bounded in tests/jitmodel/test_parity.py).
@@ -191,7 +214,7 @@ class Attention(nn.Module):
         q = rotate(rms_norm(q.float(), halves(self.q_norm.weight), self.q_norm.eps), cos, sin)
         k = rotate(rms_norm(k.float(), halves(self.k_norm.weight), self.k_norm.eps), cos, sin)
         out = attention(q.to(v.dtype), k.to(v.dtype), v)
-        projected: Tensor = self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
+        projected: Tensor = self.dropout(self.proj(out.transpose(1, 2).flatten(2)), words)
         return projected
 
     def _qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,20 +244,20 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w12 = Linear(width, 2 * hidden)
         self.w3 = Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
+    def forward(self, h: Tensor, words: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D]; words [B] for dropout."""
         padding = -self.w3.in_features % WIDTH_MULTIPLE
         if not padding:
             gate, value = self.w12(h).chunk(2, dim=-1)
-            out: Tensor = self.w3(self.dropout(F.silu(gate) * value))
+            out: Tensor = self.w3(self.dropout(F.silu(gate) * value, words))
             return out
         w12 = F.pad(self.w12.weight.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
         b12 = F.pad(self.w12.bias.unflatten(0, (2, -1)), (0, padding)).flatten()
         gate, value = linear(h, w12, b12).chunk(2, dim=-1)
         w3 = F.pad(self.w3.weight, (0, padding))
-        return linear(self.dropout(F.silu(gate) * value), w3, self.w3.bias)
+        return linear(self.dropout(F.silu(gate) * value, words), w3, self.w3.bias)
 
 
 def modulation(width: int, count: int) -> nn.Sequential:
@@ -258,12 +281,16 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden, dropout)
         self.adaLN_modulation = modulation(width, 6)
 
-    def forward(self, h: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """h [B, L, D], c [B, D] -> [B, L, D]."""
+    def forward(
+        self, h: Tensor, c: Tensor, cos: Tensor, sin: Tensor, words: Tensor | None = None
+    ) -> Tensor:
+        """h [B, L, D], c [B, D], words [B] for dropout -> [B, L, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        attended = self.attn(modulate(self.norm1(h), shift1, scale1), cos, sin)
+        attended = self.attn(modulate(self.norm1(h), shift1, scale1), cos, sin, words)
         h = h + gate1[:, None] * attended
-        out: Tensor = h + gate2[:, None] * self.mlp(modulate(self.norm2(h), shift2, scale2))
+        others = None if words is None else random.derive(words, 1)
+        hidden = self.mlp(modulate(self.norm2(h), shift2, scale2), others)
+        out: Tensor = h + gate2[:, None] * hidden
         return out
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from jitmodel import random
 from jitmodel.config import FlowConfig, ModelConfig
 from jitmodel.layers import (
     Block,
@@ -120,13 +121,15 @@ class JiT(nn.Module):
         self.rotary_cos.copy_(cos)
         self.rotary_sin.copy_(sin)
 
-    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, y: Tensor, words: Tensor | None = None) -> Tensor:
         """One evaluation of the network.
 
         Args:
             z: noisy images, [B, C, H, W].
             t: time of each image in 0..1, [B].
             y: class of each image, int64 [B]; num_classes means "no class".
+            words: 32-bit word of each image that decides its dropout masks while training, int64
+                [B]; None draws them from torch's generator.
 
         Returns:
             The prediction, [B, C, H, W].
@@ -149,7 +152,10 @@ class JiT(nn.Module):
                 tokens = y_embedding[:, None] + self.in_context_posemb  # [B, K, D]
                 h = torch.cat((tokens.to(h.dtype), h), dim=1)
                 cos, sin = self.rotary_cos, self.rotary_sin
-            h = block(h, c, cos, sin)
+            dropped = None
+            if words is not None and config.has_dropout(i):
+                dropped = random.derive(words, 2 * i)
+            h = block(h, c, cos, sin, dropped)
         return self.unpatchify(self.final_layer(h[:, K:], c))
 
     def unpatchify(self, patches: Tensor) -> Tensor:

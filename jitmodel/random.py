@@ -70,6 +70,34 @@ def uniform(seed: int | Tensor, index: Tensor, stream: str) -> Tensor:
     return _unit(_words(seed, index, 1, stream)[:, 0])
 
 
+def words(seed: int | Tensor, index: Tensor, stream: str) -> Tensor:
+    """One 32-bit word for each index, to make more of with `derive`.
+
+    Args:
+        seed: one seed, or one for each index, int64 [B].
+        index: addresses, int64 [B]; the result lives on their device.
+        stream: what the word is for; streams are independent.
+
+    Returns:
+        int64 [B].
+    """
+    return _words(seed, index, 1, stream)[:, 0]
+
+
+def derive(words: Tensor, number: int | Tensor) -> Tensor:
+    """Other 32-bit words from words and a number below 2^32; int64, broadcast.
+
+    Where Philox would cost more than what it is for, as with a mask for each activation: two
+    multiplications and three shifts that spread every bit (C. Wellons, "Prospecting for hash
+    functions", 2018, the constants with the least bias). Both constants are below 2^31, so nothing
+    overflows.
+    """
+    x = words ^ number
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
+    return x ^ (x >> 15)
+
+
 def normal(seed: int | Tensor, index: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
     """Standard normal numbers of the given shape for each index (Box-Muller).
 

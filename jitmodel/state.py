@@ -1,17 +1,14 @@
 """TrainState: everything that a training run is made of, and one optimizer step.
 
-The clock is images_seen. Time, noise, label drop and flip of an image are functions of the seed
-and the image's place in the run (jitmodel.random), so they are the same for any number of workers
-and any accumulation, and a resumed run needs no generator state. Dropout inside the network (H
-and G) is seeded from the seed and the first place of each micro-batch: it repeats exactly at the
-same split, not across splits.
+The clock is images_seen. Time, noise, label drop, flip and dropout masks of an image are functions
+of the seed and the image's place in the run (jitmodel.random), so they are the same for any number
+of workers and any accumulation, and a resumed run needs no generator state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,8 +129,9 @@ class TrainState:
         dropped = random.uniform(seed, index, "label-drop") <= flow.label_drop
         y = torch.where(dropped, self.model.config.num_classes, batch.y)
         z = corrupt(x, e, t)
+        words = random.words(seed, index, "dropout") if self.model.config.dropout else None
         with autocast(x.device, self.precision):
-            net = self.model(z, t, y)
+            net = self.model(z, t, y, words)
         return flow_loss(net.float(), x, e, z, t, flow), t
 
     def step(self, micro_batches: Sequence[Batch]) -> StepResult:
@@ -154,9 +152,8 @@ class TrainState:
                 # Gradients go to shards after each piece, so that none is ever whole; replicas
                 # add theirs up once.
                 self.model.set_requires_all_reduce(number + 1 == len(micro_batches))
-            with self._dropout(batch):
-                loss, t = self.losses(batch)
-                (loss.sum() / images).backward()
+            loss, t = self.losses(batch)
+            (loss.sum() / images).backward()
             losses.append(loss.detach())
             times.append(t)
         clip = self.config.grad_clip or math.inf
@@ -171,17 +168,6 @@ class TrainState:
             mean = mean / world
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return StepResult(mean, torch.cat(losses), torch.cat(times), norm, rate)
-
-    @contextmanager
-    def _dropout(self, batch: Batch) -> Iterator[None]:
-        """Scope in which dropout masks depend on the seed and the batch's place alone."""
-        if not self.model.config.dropout:
-            yield
-            return
-        address = random.uniform(self.seed, batch.index[:1], "dropout")
-        with torch.random.fork_rng():
-            torch.manual_seed(int(address.double() * 2**53))
-            yield
 
     def state_dict(self) -> dict[str, Any]:
         """What torch.distributed.checkpoint saves; sharded where the model is."""

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from jitmodel import random
 from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig
+from jitmodel.layers import Dropout
 from jitmodel.model import JiT
 from jitmodel.random import normal
 from jitmodel.state import Batch, TrainState
@@ -62,7 +64,9 @@ def test_tables_and_the_time_embedding_begin_normal_with_deviation_0_02(model: J
 def test_dropout_is_in_both_branches_of_the_middle_half_and_nowhere_else():
     model = JiT(CONFIG.model_copy(update={"dropout": 0.2}))
 
-    rates = [{m.p for m in block.modules() if isinstance(m, nn.Dropout)} for block in model.blocks]
+    rates = [
+        {m.probability for m in block.modules() if isinstance(m, Dropout)} for block in model.blocks
+    ]
 
     assert rates == [{0.0}] * 2 + [{0.2}] * 4 + [{0.0}] * 2
     block = model.blocks[3].train()
@@ -73,6 +77,23 @@ def test_dropout_is_in_both_branches_of_the_middle_half_and_nowhere_else():
     block.eval()
     for branch in (lambda: block.attn(h, cos, sin), lambda: block.mlp(h)):
         torch.testing.assert_close(branch(), branch(), rtol=0, atol=0)
+
+
+def test_a_mask_is_a_function_of_the_word_of_its_image_and_keeps_the_mean():
+    dropout = Dropout(0.2).train()
+    words = random.words(7, torch.arange(64), "dropout")
+    h = torch.ones(64, 40, 96)
+
+    dropped = dropout(h, words)
+
+    assert set(dropped.unique().tolist()) == {0.0, 1.25}
+    torch.testing.assert_close(dropped.mean().item(), 1.0, rtol=0.01, atol=0)
+    for dims in ((1, 2), (0, 2), (0, 1)):  # no image, token or channel has more than its share
+        assert (dropped.mean(dims) - 1).abs().max() < 0.1
+    kept = (dropped > 0).float().flatten(1) - 0.8
+    correlation = (kept @ kept.T / kept.shape[1] / 0.16).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.1
+    torch.testing.assert_close(dropout(h[5:9], words[5:9]), dropped[5:9], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -102,6 +123,6 @@ def test_training_corrupts_with_noise_of_the_configs_scale(monkeypatch: pytest.M
 
     state.losses(Batch(pixels, torch.tensor([0, 1]), index))
 
-    ((z, t, _),) = seen
+    ((z, t, _, _),) = seen
     t = t[:, None, None, None]
     torch.testing.assert_close(z, t + (1 - t) * 3.0 * normal(0, index, (3, 64, 64), "noise"))

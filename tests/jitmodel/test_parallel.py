@@ -106,9 +106,11 @@ def run_on_ranks(world: int, port: int, folder: Path, runs: dict[str, dict]) -> 
     return found
 
 
-def alone(steps: int = STEPS, precision: str = "fp32", **options) -> TrainState:
+def alone(
+    steps: int = STEPS, precision: str = "fp32", config: ModelConfig = MODEL, **options
+) -> TrainState:
     """The same run in one process; `results` is what its steps said."""
-    model = JiT(MODEL, generator=torch.Generator().manual_seed(0))
+    model = JiT(config, generator=torch.Generator().manual_seed(0))
     parallelize(model, **options)
     state = TrainState(model, OPTIMIZER, total_images=1000, precision=precision)
     state.results = []
@@ -222,13 +224,14 @@ def test_a_shard_size_that_does_not_divide_the_ranks_is_refused():
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_recomputing_and_compiling_change_no_step(checkpointing, compile):
-    plain = alone(steps=3)
-    other = alone(steps=3, checkpointing=checkpointing, compile=compile)
+    config = MODEL.model_copy(update={"depth": 4, "dropout": 0.2})
+    plain = alone(3, config=config)
+    other = alone(3, config=config, checkpointing=checkpointing, compile=compile)
 
     for (loss, norm), (expected, expected_norm) in zip(other.results, plain.results, strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
-    first = dict(JiT(MODEL, generator=torch.Generator().manual_seed(0)).named_parameters())
+    first = dict(JiT(config, generator=torch.Generator().manual_seed(0)).named_parameters())
     worst = moved_apart(flat(other.state_dict()), flat(plain.state_dict()), first)
     assert max(worst.values()) < 1e-4, worst
 

@@ -33,8 +33,10 @@ def weights(state):
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
-def test_accumulation_changes_neither_the_loss_nor_the_step():
-    whole, split = new_state(), new_state()
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_accumulation_changes_neither_the_loss_nor_the_step(dropout):
+    config = SMALL.model_copy(update={"dropout": dropout})
+    whole, split = new_state(config), new_state(config)
     for first in (0, 8, 16):
         a = whole.step([images(first, 8)])
         b = split.step([images(first, 2), images(first + 2, 5), images(first + 7, 1)])
@@ -108,7 +110,7 @@ def test_labels_are_dropped_as_often_as_asked_and_by_address():
             super().__init__()
             self.flow, self.w = FlowConfig(label_drop=0.1), torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, z, t, y):
+        def forward(self, z, t, y, words):
             seen.append(y)
             return z * self.w
 

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jitmodel.config import ModelConfig
 from jitmodel.model import JiT
 from pipelines import checkpoints, storage
 from pipelines.config import TrainConfig
@@ -26,9 +27,12 @@ def scalars(run: Path) -> dict[str, list[int]]:
     return {name: [e.step for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def initial() -> dict[str, torch.Tensor]:
-    """Weights with which every run of these tests begins."""
-    return dict(JiT(MODEL, generator=torch.Generator().manual_seed(0)).named_parameters())
+DROPPING = MODEL.model_copy(update={"dropout": 0.2, "depth": 4})
+
+
+def initial(model: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
+    """Weights with which every run of a model in these tests begins."""
+    return dict(JiT(model, generator=torch.Generator().manual_seed(0)).named_parameters())
 
 
 def test_a_run_killed_three_times_ends_bit_equal_to_an_unbroken_one(tiny_dataset, tmp_path):
@@ -122,7 +126,7 @@ atexit.register(lambda: print("IDS", json.dumps(drawn)))
     for world_size in (1, 2, 4):
         config = config_for(
             tiny_dataset, tmp_path, f"of-{world_size}", total_images=480, optimizer=options,
-            checkpoint_every_images=480,
+            checkpoint_every_images=480, model=DROPPING,
         )  # fmt: skip
         outputs = run_on_ranks(free_port, config, world_size=world_size, prelude=recording)
         found[world_size] = tensors(config)
@@ -135,7 +139,7 @@ atexit.register(lambda: print("IDS", json.dumps(drawn)))
     assert sorted(ids[1]) == list(range(480))
     assert ids[1] == ids[2] == ids[4]
     for world_size in (2, 4):
-        assert_trained_alike(found[world_size], found[1], initial())
+        assert_trained_alike(found[world_size], found[1], initial(DROPPING))
 
 
 def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(tiny_dataset, tmp_path):
