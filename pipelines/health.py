@@ -69,19 +69,19 @@ def seam_score(x: NDArray[np.float32], patch_size: int) -> float:
 
 def findings(drawn: Health, real: Health) -> list[str]:
     """What is wrong with drawn images, in sentences that name the numbers and a remedy."""
-    if drawn.contrast < GREY * real.contrast:  # and then edges mean little
-        return [
-            f"the images are grey (contrast {drawn.contrast:.3f}, real ones {real.contrast:.3f}): "
-            "normal in the first epochs, and with an average whose decay is long against the run; "
-            "later, look at the learning rate and at flow.noise_scale"
-        ]
     found = []
     if drawn.clipped > real.clipped + SATURATED:
         found.append(
             f"the images are saturated ({drawn.clipped:.0%} of the values at 0 or 255, "
             f"real ones {real.clipped:.0%}): lower sampler.cfg_scale or narrow sampler.cfg_interval"
         )
-    if drawn.seams > real.seams + SEAMS:
+    if drawn.contrast < GREY * real.contrast:  # and then edges mean little
+        found.append(
+            f"the images are grey (contrast {drawn.contrast:.3f}, real ones {real.contrast:.3f}): "
+            "normal in the first epochs, and with an average whose decay is long against the run; "
+            "later, look at the learning rate and at flow.noise_scale"
+        )
+    elif drawn.seams > real.seams + SEAMS:
         found.append(
             f"the images have seams at the patch borders (score {drawn.seams:.2f}, real ones "
             f"{real.seams:.2f}): train longer, use a smaller patch, or a larger bottleneck_dim"

@@ -82,6 +82,15 @@ def test_grey_images_are_named(clothes):
     assert "grey (contrast 0." in sentence
 
 
+def test_images_of_one_glaring_colour_are_saturated_as_well_as_grey(clothes):
+    white = np.full_like(clothes[:80], 255)
+
+    saturated, grey = findings(measure(white, 4), measure(clothes, 4))
+
+    assert "saturated (100%" in saturated
+    assert "grey" in grey
+
+
 def test_saturated_images_are_named_but_not_a_white_background(photographs, clothes):
     harsh = ((photographs.astype(float) - 128) * 4 + 128).clip(0, 255).astype(np.uint8)
 
