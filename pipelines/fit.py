@@ -260,7 +260,7 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
             if notice:
                 warned = save = True
                 logger.warning("this run will lose a machine: saving at image %d", seen)
-            if meter.losses and (last or seen // config.global_batch % config.log_every_steps == 0):
+            if meter.steps and (last or seen // config.global_batch % config.log_every_steps == 0):
                 line = meter.line(state)
                 if journal:
                     journal.line(line)

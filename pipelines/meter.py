@@ -74,12 +74,13 @@ class Meter:
             self._levels += torch.tensor(levels, dtype=torch.float64)
         self._unread: list[tuple[int, list[Batch], StepResult]] = []
         self._last: StepResult | None = None
-        self._steps = 0
+        self.steps = 0
+        """Taken in since the last line."""
         self._began = time.perf_counter()
 
     def add(self, images_seen: int, batches: list[Batch], result: StepResult) -> None:
         """Take in a step."""
-        self._steps += 1
+        self.steps += 1
         self._unread.append((images_seen, batches, result))
         self.check(leave=1 if self.place.device.type == "cuda" else 0)
 
@@ -106,7 +107,7 @@ class Meter:
         return tuple(tuple(row) for row in total.tolist())
 
     def line(self, state: TrainState) -> dict[str, Any]:
-        """Numbers since the last line, which then count anew."""
+        """Numbers since the last line, which then count anew; there was a step since then."""
         self.check()
         assert self._last is not None
         elapsed = time.perf_counter() - self._began
@@ -115,7 +116,7 @@ class Meter:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         waited, memory = worst.tolist()
         sums, counts = self.levels()
-        speed = self._steps * self.config.global_batch / elapsed
+        speed = self.steps * self.config.global_batch / elapsed
         peak = self.peak_flops * self.place.world_size
         line = {
             "images_seen": state.images_seen,
@@ -131,7 +132,7 @@ class Meter:
                 round(s / n, 6) if n else None for s, n in zip(sums, counts, strict=True)
             ],
         }
-        self.losses, self.waited, self._steps = [], 0.0, 0
+        self.losses, self.waited, self.steps = [], 0.0, 0
         self._levels.zero_()
         self._began = time.perf_counter()
         return line

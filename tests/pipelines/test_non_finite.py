@@ -103,3 +103,14 @@ def test_too_many_batches_without_a_number_stop_the_run_although_they_may_be_lef
 
     with pytest.raises(NonFiniteLoss, match="at step 4 "):
         fit(config, LocalContext())
+
+
+def test_a_line_waits_for_a_step_when_a_batch_is_left_out_right_after_a_checkpoint(
+    tiny_dataset, tmp_path, poisoned
+):
+    """A checkpoint at image 32, a line due at image 48, and the batch between is left out."""
+    config = config_for(tiny_dataset, tmp_path, non_finite="skip", log_every_steps=3)
+
+    fit(config, LocalContext())
+
+    assert [line["images_seen"] for line in lines(config)] == [96, 144, 160]
