@@ -156,16 +156,18 @@ def fit(config: TrainConfig, context: FitContext) -> FitResult:
         ValueError: the run cannot be continued with this config or dataset.
         FileNotFoundError: the dataset is not there.
         NonFiniteLoss: on every rank, with the same message; with config.non_finite "skip", when
-            it happened more than config.max_skips times.
+            it happened more than config.max_skips times in this start of the run.
         SaveFailed: on every rank, with the same message.
     """
     skipped: set[int] = set()
+    skips = 0
     while True:
         try:
             return _fit(config, context, skipped)
         except NonFiniteLoss as error:
-            if config.non_finite == "stop" or len(skipped) >= config.max_skips:
+            if config.non_finite == "stop" or skips == config.max_skips:
                 raise
+            skips += 1
             skipped.add(error.images_seen)
             if context.rank == 0:
                 logger.warning("%s\nGoing back, and leaving this batch out.", error)

@@ -35,15 +35,19 @@ if rank == 1:
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """The loss of the image at PLACE is no number."""
-    losses = TrainState.losses
+def poison(monkeypatch):
+    """Makes the losses of the images at some places no numbers."""
 
-    def poisoned(self, batch):
-        loss, t = losses(self, batch)
-        return torch.where(batch.index == PLACE, torch.nan, loss), t
+    def poison(*places: int) -> None:
+        losses, bad = TrainState.losses, torch.tensor(places)
 
-    monkeypatch.setattr(TrainState, "losses", poisoned)
+        def poisoned(self, batch):
+            loss, t = losses(self, batch)
+            return torch.where(torch.isin(batch.index, bad), torch.nan, loss), t
+
+        monkeypatch.setattr(TrainState, "losses", poisoned)
+
+    return poison
 
 
 def id_at(data: Path, place: int) -> int:
@@ -78,8 +82,9 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_message_or_is_l
 
 
 def test_a_batch_left_out_stays_left_out_when_the_run_is_killed_and_resumed(
-    tiny_dataset, tmp_path, poisoned, caplog
+    tiny_dataset, tmp_path, poison, caplog
 ):
+    poison(PLACE)
     whole = config_for(tiny_dataset, tmp_path, "whole", non_finite="skip")
     broken = config_for(tiny_dataset, tmp_path, "broken", non_finite="skip")
 
@@ -106,11 +111,25 @@ def test_too_many_batches_without_a_number_stop_the_run_although_they_may_be_lef
 
 
 def test_a_line_waits_for_a_step_when_a_batch_is_left_out_right_after_a_checkpoint(
-    tiny_dataset, tmp_path, poisoned
+    tiny_dataset, tmp_path, poison
 ):
     """A checkpoint at image 32, a line due at image 48, and the batch between is left out."""
+    poison(PLACE)
     config = config_for(tiny_dataset, tmp_path, non_finite="skip", log_every_steps=3)
 
     fit(config, LocalContext())
 
     assert [line["images_seen"] for line in lines(config)] == [96, 144, 160]
+
+
+def test_each_start_of_a_run_may_leave_out_max_skips_batches(tiny_dataset, tmp_path, poison):
+    poison(PLACE, 100)  # in steps 3 and 7
+    config = config_for(tiny_dataset, tmp_path, non_finite="skip", max_skips=1)
+
+    with pytest.raises(NonFiniteLoss, match="at step 7 "):
+        fit(config, LocalContext())
+    fit(config, LocalContext())
+
+    found = checkpoints.newest(str(tmp_path / "run"))
+    assert found is not None
+    assert (found.meta.images_seen, found.meta.skipped) == (160, (32, 96))
