@@ -449,7 +449,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def prepare(self, state: Stateful) -> None:
-        """Take the memory of the copy, after the first step, so that no save waits for it.
+        """Take the memory of the copy, after the run's first step, so that no save waits for it.
 
         Not before: asked for its state before a step, an optimizer counts one.
         """
@@ -458,16 +458,21 @@ class Saver:
             self._copy = _create_cpu_state_dict(live, pin_memory=torch.cuda.is_available())
             _copy_state_dict(live, self._copy)  # touches each page
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the run has had a step, after which its state may be asked for."""
+        return self._copy is not None
+
     def start(
         self, step: int, state: Stateful, meta: Meta, before: Callable[[], None] | None = None
     ) -> None:
-        """Copy the state and begin to store the copy; the save before must have been collected.
+        """Copy the state and begin to store the copy; `prepare` was called before, and the save
+        before was collected.
 
         The copy keeps its memory for the next save: as much as weights, optimizer and averages of
         this rank.
         """
         assert self._thread is None
-        self.prepare(state)
         assert self._copy is not None
         frozen = _copy_state_dict(state.state_dict(), self._copy)
 

@@ -220,6 +220,8 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
         world_size=context.world_size,
         keep=partial(kept_steps, config),
     )
+    if start:
+        saver.prepare(state)
     uri, line = start.uri if start else "", dict[str, Any]()
     rising = _broadcast(early_stop(config), context)
     for unjudged in _broadcast(without_score(config), context):
@@ -275,7 +277,7 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
                     real = torch.cat([batch.pixels for batch in batches])
                     look_at(picture[0], real, config, journal, seen)
                 meter.pause(time.perf_counter() - began)
-            if save:
+            if save and saver.is_prepared:  # with nothing trained there is nothing to save
                 meter.check()
                 rising = stored(saver.wait()) or rising
                 if rising:

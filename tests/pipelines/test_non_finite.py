@@ -133,3 +133,22 @@ def test_each_start_of_a_run_may_leave_out_max_skips_batches(tiny_dataset, tmp_p
     found = checkpoints.newest(str(tmp_path / "run"))
     assert found is not None
     assert (found.meta.images_seen, found.meta.skipped) == (160, (32, 96))
+
+
+def test_a_save_that_is_due_before_the_first_step_changes_nothing(tiny_dataset, tmp_path, poison):
+    """Asked for its state before a step, an optimizer counts one."""
+    poison(3)  # the first batch is left out
+    often, once = (
+        config_for(
+            tiny_dataset, tmp_path, f"every-{every}", non_finite="skip",
+            checkpoint_every_images=every,
+        )
+        for every in (16, 160)
+    )  # fmt: skip
+
+    for config in (often, once):
+        fit(config, LocalContext())
+
+    there, here = tensors(once), tensors(often)
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], tensor) for name, tensor in there.items())
