@@ -60,7 +60,8 @@ class FitContext(Protocol):
         """Called by every rank when a checkpoint is stored, with its URI."""
 
     def preempted(self) -> bool:
-        """Whether this run will soon lose a machine; every rank gets the same answer."""
+        """Whether this run has just been told that it will lose a machine; every rank gets the
+        same answer."""
 
 
 @dataclass
@@ -239,7 +240,6 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
         return _broadcast(early_stop(config), context)
 
     stream = loader.batches(state.images_seen)
-    warned = False
     try:
         while state.images_seen < config.total_images and not rising:
             waiting = time.perf_counter()
@@ -260,9 +260,9 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
                 last or seen // every > (seen - config.global_batch) // every
                 for every in (config.checkpoint_every_images, config.grid_every_images or seen + 1)
             )
-            notice = not warned and context.preempted()
+            notice = context.preempted()
             if notice:
-                warned = save = True
+                save = True
                 logger.warning("this run will lose a machine: saving at image %d", seen)
             if meter.steps and (last or seen // config.global_batch % config.log_every_steps == 0):
                 line = meter.line(state)

@@ -64,6 +64,7 @@ class RayContext:
     def __init__(self, *, judged: bool = False) -> None:
         self.judged = judged
         self._steps, self._asked, self._ask_at = 0, time.monotonic(), 1
+        self._leaving: set[str] = set()
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
@@ -86,7 +87,7 @@ class RayContext:
             )
 
     def preempted(self) -> bool:
-        """Whether a node of this run is about to be taken away; asked about every five seconds.
+        """Whether one more node of this run will be taken away; asked about every five seconds.
 
         The question is a barrier through an actor, too slow for every step; a cloud gives notice
         of one minute or two. When to ask next is what rank 0 says, as all must ask alike.
@@ -98,7 +99,9 @@ class RayContext:
         steps = max(1, round(ASK_EVERY_S * self._steps / (now - self._asked + 1e-9)))
         steps = ray.train.collective.broadcast_from_rank_zero(min(steps, 10 * self._steps))
         self._steps, self._asked, self._ask_at = 0, now, steps
-        return ray.train.get_preemption_info() is not None
+        info = ray.train.get_preemption_info()
+        known, self._leaving = self._leaving, set(info.preempted_node_to_ranks) if info else set()
+        return not self._leaving <= known
 
 
 class WholeLanes(ElasticScalingPolicy):

@@ -3,12 +3,14 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import ray.train
 import torch
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig
 from pipelines import checkpoints, fit, storage, train
@@ -230,3 +232,18 @@ def test_a_preset_is_the_paper_s_recipe(size: str, patch: int, image_size: int):
     for workers in (1, 2, 4, 8, 16, 32, 64):
         micro, times = config.split(workers)
         assert micro * times * workers == 1024
+
+
+def test_each_node_that_will_go_is_told_once(monkeypatch):
+    """A second notice, while the first node is still there, makes a checkpoint of its own."""
+    told: list[dict | None] = [None, {"a": [0]}, {"a": [0]}, {"a": [0], "b": [1]}, {"b": [1]}, None]
+    notices = iter([nodes and PreemptionInfo(None, nodes) for nodes in told])
+    monkeypatch.delenv(train.WATCH_PREEMPTION, raising=False)
+    monkeypatch.setattr(train, "ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda value: value)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(notices))
+    monkeypatch.setattr(ray.train, "get_context", mock.Mock)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    context = train.RayContext()
+
+    assert [context.preempted() for _ in told] == [False, True, False, True, False, False]
