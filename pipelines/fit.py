@@ -273,7 +273,7 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
                 began = time.perf_counter()
                 picture = draw_grid(config, context, state, manifest)
                 if journal:
-                    logger.info("samples: %s", journal.grid(image_grid(*picture), seen))
+                    journal.grid(image_grid(*picture), seen)
                     real = torch.cat([batch.pixels for batch in batches])
                     look_at(picture[0], real, config, journal, seen)
                 meter.pause(time.perf_counter() - began)

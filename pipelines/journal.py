@@ -4,12 +4,15 @@ One process writes (rank 0). A run folder on a disk is written in place; for one
 store the files grow in a local folder and are copied at intervals. After a resume nothing is
 said twice: lines past the checkpoint are cut off before new ones are added, and TensorBoard is
 told to forget them.
+
+What cannot be written down stops no training: the first time there is a warning.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -63,26 +66,38 @@ class Journal:
         # One thread, so that a slow store or tracker delays no step, and all goes in turn.
         self._later = ThreadPoolExecutor(1, "jit-journal")
         self._synced = time.monotonic()
+        self._has_warned = False
 
     def line(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its numbers to TensorBoard, over images_seen."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        self._try(self._append, json.dumps(values) + "\n")
         self._curves("train", numbers(values), values["images_seen"])
         if self.is_remote and time.monotonic() - self._synced > SYNC_S:
             self._synced = time.monotonic()
-            self.events.flush()
-            self._later.submit(_try, self._upload)
+            self._try(self.events.flush)
+            self._later.submit(self._try, self._upload)
 
-    def grid(self, picture: Image.Image, images_seen: int) -> str:
-        """Store a grid of samples; its URI."""
+    def _append(self, line: str) -> None:
+        end = self.metrics.stat().st_size
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            os.truncate(self.metrics, end)  # the half of a line that a full disk took
+            raise
+
+    def grid(self, picture: Image.Image, images_seen: int) -> None:
+        """Store a grid of samples."""
+        self._try(self._grid, picture, images_seen)
+
+    def _grid(self, picture: Image.Image, images_seen: int) -> None:
         uri = storage.join(self.run, "samples", f"images_{images_seen:010d}.png")
         with storage.staged(uri) as path:
             picture.save(path, format="png")
+        logger.info("samples: %s", uri)
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         shape = (picture.height, picture.width, 3)
         self.events.add_image("samples", pixels.view(shape), images_seen, dataformats="HWC")
-        return uri
 
     def health(self, drawn: dict[str, float], real: dict[str, float], images_seen: int) -> None:
         """Add the health of a grid to the curves, beside that of real images."""
@@ -93,13 +108,17 @@ class Journal:
     def _curves(self, group: str, values: dict[str, float], images_seen: int) -> None:
         named = {f"{group}/{name}": value for name, value in values.items()}
         for name, value in named.items():
-            self.events.add_scalar(name, value, images_seen)
+            self._try(self.events.add_scalar, name, value, images_seen)
         for tracker in self.trackers:
-            self._later.submit(_try, tracker.log, named, images_seen)
+            self._later.submit(self._try, tracker.log, named, images_seen)
 
     def sync(self) -> None:
-        """Make everything said so far visible at the run's URI; any thread may ask for it."""
-        self.events.flush()
+        """Make everything said so far visible at the run's URI; any thread may ask for it.
+
+        Raises:
+            OSError: the store cannot be written.
+        """
+        self._try(self.events.flush)
         if self.is_remote:
             self._later.submit(self._upload).result()
 
@@ -114,22 +133,23 @@ class Journal:
 
     def close(self) -> None:
         """Write what is left."""
-        self.events.close()
+        self._try(self.events.close)
         for tracker in self.trackers:
-            self._later.submit(_try, tracker.close)
+            self._later.submit(self._try, tracker.close)
         if self.is_remote:
-            self._later.submit(_try, self._upload)
+            self._later.submit(self._try, self._upload)
         self._later.shutdown()
         if self._temporary:
             self._temporary.cleanup()
 
-
-def _try(work: Callable[..., None], *arguments: Any) -> None:
-    """Do something without which training goes on."""
-    try:
-        work(*arguments)
-    except Exception as error:  # trackers raise whatever their networks lead them to
-        logger.warning("metrics could not be sent, training goes on: %s", error)
+    def _try(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do something without which training goes on; any thread may."""
+        try:
+            work(*arguments)
+        except Exception as error:  # trackers raise whatever their networks lead them to
+            if not self._has_warned:
+                logger.warning("metrics could not be stored or sent, training goes on: %s", error)
+            self._has_warned = True
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from pipelines import checkpoints, storage
 from pipelines.checkpoints import SaveFailed
 from pipelines.fit import LocalContext, fit, kept_steps
-from tests.pipelines.runs import config_for, run_on_ranks, stopped, tensors
+from tests.pipelines.runs import config_for, lines, run_on_ranks, stopped, tensors
 
 
 def newest(run: Path | str) -> int:
@@ -198,6 +199,40 @@ def test_a_full_disk_stops_training_with_one_sentence_and_the_last_checkpoint_st
     moved = tmp_path / "more-room"
     shutil.copytree(small_disk, moved)
     assert fit(config.model_copy(update={"storage": str(moved)}), LocalContext()).images_seen == 160
+
+
+class Filling(LocalContext):
+    """Fills a disk in the third step."""
+
+    def __init__(self, disk: Path) -> None:
+        super().__init__()
+        self.disk, self.steps = disk, 0
+
+    def preempted(self) -> bool:
+        self.steps += 1
+        if self.steps == 3:
+            with suppress(OSError), (self.disk / "other").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        return False
+
+
+# TensorBoard's thread ends by it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_metrics_that_find_the_disk_full_are_left_out_and_a_save_still_says_why_it_stops(
+    tiny_dataset, small_disk, caplog
+):
+    config = config_for(
+        tiny_dataset, small_disk, total_images=480, checkpoint_every_images=480,
+        grid_every_images=160,
+    )  # fmt: skip
+
+    with pytest.raises(SaveFailed, match=r"at image 480 could not be .* No space left on"):
+        fit(config, Filling(small_disk))
+
+    # Of 30 lines, those for which the file's last page had room are there, and whole.
+    assert 2 < len(lines(config)) < 30
+    assert caplog.text.count("metrics could not be stored or sent, training goes on") == 1
 
 
 def test_a_rank_that_cannot_write_stops_every_rank_with_the_same_sentence(

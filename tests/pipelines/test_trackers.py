@@ -70,4 +70,4 @@ def test_a_tracker_that_fails_does_not_stop_training(tiny_dataset, tmp_path, mon
             return False
 
     assert fit(config, Lost()).images_seen == 64
-    assert "metrics could not be sent, training goes on" in caplog.text
+    assert "metrics could not be stored or sent, training goes on" in caplog.text
