@@ -6,6 +6,7 @@ paper's "Gflops" count it as one (25 for B/16, where this module says 50 GFLOP).
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple
 
 from jitmodel.config import ModelConfig
@@ -14,8 +15,8 @@ PEAK_BF16 = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12,
 }  # fmt: skip
-"""Dense bf16 operations a second of a device, from the makers' data sheets, by a part of the name
-that torch.cuda.get_device_name gives."""
+"""Dense bf16 operations a second of a device, from the makers' data sheets, by whole words
+of the name that torch.cuda.get_device_name gives."""
 TIME_FREQUENCIES = 256
 WIDTH_MULTIPLE = 64
 """SwiGLU computes with a hidden width that is a multiple of this."""
@@ -24,7 +25,7 @@ WIDTH_MULTIPLE = 64
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 operations a second of a device; None if it is not in the table."""
     for part, peak in PEAK_BF16.items():
-        if part in device_name:
+        if re.search(rf"\b{part}\b", device_name):
             return peak
     return None
 

@@ -154,7 +154,8 @@ class ValidationConfig(Config):
     seed: int = Field(0, ge=0)
     """Seed of the start noise, the same for every checkpoint."""
     keep_best: int = Field(1, ge=0)
-    """Best checkpoints that stay. One that was not judged yet stays no longer than others."""
+    """Best checkpoints that stay. One that was not judged yet stays no longer than others: if
+    judging takes longer than --keep-checkpoints of them, some go unjudged."""
     patience: int = Field(0, ge=0)
     """Validations in a row that may be worse than the best one until training stops; 0 never
     stops."""
@@ -241,6 +242,12 @@ class TrainConfig(StageConfig):
                 f"grid_ema {self.grid_ema} is not among optimizer.ema_decays {decays}: "
                 "choose one of them, or 0 for the raw weights"
             )
+        if self.validation.patience and not self.validation.reference:
+            raise ValueError(
+                f"validation.patience {self.validation.patience} stops by scores, but without "
+                "validation.reference no checkpoint is judged: name a reference (`jit reference`), "
+                "or leave patience at 0"
+            )
         if self.validation.reference and self.validation.ema not in (0, *decays):
             raise ValueError(
                 f"validation.ema {self.validation.ema} is not among optimizer.ema_decays "
@@ -305,6 +312,8 @@ class TrainConfig(StageConfig):
 class PlanConfig(TrainConfig):
     """A training run -> what it needs, printed; nothing is touched."""
 
+    workers: str = ""
+    """Not for a plan: --gpus says how many there are."""
     gpus: PositiveInt = 8
     """GPUs of the run, in place of its workers."""
     instance: str = "p5.48xlarge"
@@ -318,7 +327,23 @@ class PlanConfig(TrainConfig):
     @model_validator(mode="before")
     @classmethod
     def _each_gpu_is_a_worker(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        return fields | {"workers": fields.get("gpus", cls.model_fields["gpus"].default)}
+        workers = fields.get("workers")
+        if workers and "gpus" in fields:  # a preset's workers come without GPUs
+            raise ValueError(
+                f"a plan is for one number of GPUs, so --workers {workers} does not say how many: "
+                f"use --gpus {str(workers).rpartition(':')[2]}"
+            )
+        return fields | {"workers": ""}
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """The number of GPUs.
+
+        Raises:
+            ValueError: the batch cannot be dealt evenly to them.
+        """
+        self.split(self.gpus)
+        return [self.gpus]
 
 
 class StatusConfig(Config):

@@ -103,7 +103,7 @@ def read_prices(path: str) -> Prices:
     file = Path(path) if path else resources.files("pipelines") / "prices.yaml"
     try:
         return Prices.model_validate(yaml.safe_load(file.read_text("utf-8")))
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ValueError(f"{file} is no price list like pipelines/prices.yaml: {error}") from error
 
 

@@ -53,6 +53,7 @@ def test_peaks_are_found_by_the_name_that_the_driver_gives():
     assert cost.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert cost.peak_flops("NVIDIA L40S") == 362e12
     assert cost.peak_flops("AMD EPYC") is None
+    assert cost.peak_flops("NVIDIA L40") is None  # neither an L4 nor an L40S
 
 
 def test_the_arithmetic_needs_no_torch():
