@@ -195,7 +195,8 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: latest.json names a checkpoint, but none is complete.
-        ValueError: a run was begun there with other options, and has saved nothing yet.
+        ValueError: every checkpoint is damaged; or a run was begun there with other options, and
+            has saved nothing yet.
     """
     uri = storage.join(run, LATEST)
     if storage.exists(uri):
@@ -210,6 +211,12 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
             f"{uri} names {latest.checkpoint} ({latest.images_seen} images seen), but no "
             f"checkpoint below {run}/{FOLDER} is complete: bring it back, choose another --name, "
             "or add --fresh to start over beside the old run."
+        )
+    damaged = list(complete(run).values())
+    if damaged:
+        raise ValueError(
+            f"every checkpoint below {run}/{FOLDER} is damaged, the newest at {damaged[-1]}: bring "
+            "one back, choose another --name, or add --fresh to start over beside the old run."
         )
     begun = storage.join(run, CONFIG)
     if not storage.exists(begun):
@@ -247,7 +254,7 @@ def latest_images(run: str) -> int:
 
 
 def complete(run: str) -> dict[int, str]:
-    """URIs of the complete checkpoints of a run by step, oldest first."""
+    """URIs of the checkpoints of a run that were stored whole, by step, oldest first."""
     return {
         int(folder.removeprefix("step_")): storage.join(run, FOLDER, folder)
         for folder, files in sorted(_folders(run).items())

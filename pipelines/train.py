@@ -373,7 +373,7 @@ def plan(config: TrainConfig, manifest: Manifest, start: Checkpoint | None) -> s
     )
     seen = start.meta.images_seen if start else 0
     steps = -(-(config.total_images - seen) // config.global_batch)
-    where = f"going on from {start.uri} at" if start else "starting at"
+    where = f"going on from {start.uri} at" if start else "a new run, starting at"
     return (
         f"{run_uri(config)}: {where} image {seen} of {config.total_images} "
         f"({config.total_images / manifest.num_rows:.2f} epochs of {manifest.num_rows}), "

@@ -116,16 +116,21 @@ def validate(uri: str, config: ValidationConfig, device: torch.device) -> Score:
 
 
 def scores(run: str, config: ValidationConfig) -> list[Score]:
-    """Scores of a run that were computed as this config says, in the order of images seen."""
+    """Scores of a run that were computed as this config says, in the order of images seen.
+
+    A damaged one is left out, with a warning: its checkpoint counts as not judged.
+    """
     try:
         names = [file.relative for file in storage.list_files(storage.join(run, FOLDER))]
     except FileNotFoundError:
         return []
-    read = [
-        Score.model_validate(storage.read_json(storage.join(run, FOLDER, name)))
-        for name in names
-        if NAME.fullmatch(name)
-    ]
+    read = []
+    for name in filter(NAME.fullmatch, names):
+        uri = storage.join(run, FOLDER, name)
+        try:
+            read.append(Score.model_validate(storage.read_json(uri)))
+        except ValueError as error:
+            logger.warning("the score %s is damaged, and ignored: %s", uri, error)
     same = [score for score in read if score.identity == identity(config)]
     return sorted(same, key=lambda score: score.images_seen)
 

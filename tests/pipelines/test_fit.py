@@ -195,6 +195,17 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_at_image_0(tiny_dataset
         fit(config, LocalContext())
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_image_0(tiny_dataset, tmp_path):
+    config = config_for(tiny_dataset, tmp_path, total_images=64)
+    fit(config, LocalContext())
+    for meta in (tmp_path / "run/checkpoints").glob("*/meta.json"):
+        meta.write_bytes(meta.read_bytes()[:100])
+    (tmp_path / "run/latest.json").unlink()
+
+    with pytest.raises(ValueError, match=r"every checkpoint below .* is damaged, the newest at"):
+        fit(config.model_copy(update={"seed": 1}), LocalContext())
+
+
 def test_another_dataset_is_refused_by_its_fingerprint(tiny_dataset, tmp_path, monkeypatch):
     fit(config_for(tiny_dataset, tmp_path, total_images=32), LocalContext())
     other = tmp_path / "other"

@@ -165,7 +165,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tiny_dataset, tmp_path, c
 
     printed = capsys.readouterr().out
     assert "global_batch: 16" in printed
-    assert "starting at image 0 of 160 (0.76 epochs of 211)" in printed
+    assert "a new run, starting at image 0 of 160 (0.76 epochs of 211)" in printed
     assert "10 steps of 16 = 2 workers x 4 images x 2" in printed
     assert list(tmp_path.iterdir()) == []
 

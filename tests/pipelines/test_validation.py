@@ -121,6 +121,18 @@ def test_scores_of_another_validation_do_not_count(tmp_path):
     assert [score.step for score in scores(str(tmp_path), more)] == [2]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": 4}', "\xff"])
+def test_a_damaged_score_is_ignored_with_a_warning(tmp_path, caplog, content):
+    config = ValidationConfig.model_validate(JUDGED)
+    write_score(str(tmp_path), config, 2, 1.0)
+    damaged = tmp_path / "validations/step_00000004.json"
+    damaged.write_text(content, "latin-1")
+
+    assert [score.step for score in scores(str(tmp_path), config)] == [2]
+
+    assert f"the score {damaged} is damaged, and ignored" in caplog.text
+
+
 def test_the_verdict_counts_from_the_best_score_and_an_equal_one_is_not_better():
     def found(*values: float) -> list[Score]:
         return [
