@@ -93,6 +93,9 @@ class Memory(NamedTuple):
     """What the forward pass of a micro-batch leaves for the backward pass."""
     accumulates: bool
     """Whether gradients of earlier micro-batches are there while activations are."""
+    host: int
+    """In main memory: the copy of weights, AdamW and EMAs that a checkpoint is stored from; EMAs
+    that are kept there, and the weights they follow. On a CPU it adds to the peak."""
 
     @property
     def peak(self) -> int:
@@ -182,4 +185,5 @@ def memory(
         gathered=gathered,
         activations=round(micro_batch * held),
         accumulates=accumulates,
+        host=(12 + 4 * num_emas + (4 * num_emas + 4 if ema_on_cpu else 0)) * share,
     )

@@ -207,6 +207,9 @@ def describe(config: PlanConfig, found: Plan, prices: Prices) -> str:
                 if found.memory.accumulates
                 else "come one after the other: the larger counts"
             ),
+            f"main memory {found.memory.host / 1e9:.1f} GB for each GPU, "
+            f"{found.memory.host * min(gpu.gpus, config.gpus) / 1e9:.1f} GB a machine: the copy "
+            "that checkpoints are stored from" + (", and EMAs" if parallel.ema_on_cpu else ""),
             f"time        {found.steps:,} steps, {config.total_images:,} images "
             f"({epochs:,.0f} epochs of ImageNet) at {found.images_per_s:,.0f} images/s: "
             f"{found.days:.2f} days",

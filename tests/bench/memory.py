@@ -30,7 +30,8 @@ def measure(model: dict, *, world: int = 1, **options: object) -> list[dict]:
     Args:
         model: fields of ModelConfig.
         world: number of processes.
-        options: micro_batch, pieces, num_emas, precision, checkpointing, compile.
+        options: micro_batch, pieces, num_emas, precision, checkpointing, compile; folder, to store
+            a checkpoint there.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -76,7 +77,10 @@ def run() -> dict:
 
 
 def rank(plan: dict) -> None:
-    """Train three steps as one of the processes, and print what they took."""
+    """Train three steps as one of the processes, and print what they took.
+
+    With a folder, a checkpoint is stored while one more step is trained.
+    """
     import torch
     import torch.distributed as dist
 
@@ -121,6 +125,18 @@ def rank(plan: dict) -> None:
     built = most_resident()
     for _ in range(3):
         step(state, plan["micro_batch"])
+    if plan.get("folder"):
+        from pipelines.checkpoints import Meta, Saver
+
+        meta = Meta(
+            run="run", images_seen=3, identity={}, config={}, data="", classes=(),
+            world_size=world, files={}, versions={},
+        )  # fmt: skip
+        saver = Saver(plan["folder"], rank=int(os.environ["RANK"]), world_size=world, keep=set)
+        saver.prepare(state)
+        saver.start(3, state, meta)
+        step(state, plan["micro_batch"])
+        assert saver.wait()
     peak = most_resident()
     expected = cost.memory(
         config, micro_batch=plan["micro_batch"], accumulates=pieces > 1, shards=world,
@@ -128,6 +144,7 @@ def rank(plan: dict) -> None:
         fused_attention=precision == "fp32",
     )  # fmt: skip
     found = {"base": base, "built": built - base, "peak": peak - base, "plan": expected.peak}
+    found["plan"] += expected.host if plan.get("folder") else 0
     print(json.dumps(found | {"parts": expected._asdict()}))
     if world > 1:
         dist.destroy_process_group()

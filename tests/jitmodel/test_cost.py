@@ -92,6 +92,18 @@ def test_planned_memory_is_the_measured_peak_to_15_percent(measure_memory, model
         assert rank["peak"] == pytest.approx(rank["plan"], rel=0.15)
 
 
+@pytest.mark.slow
+def test_planned_main_memory_is_what_storing_a_checkpoint_adds_to_15_percent(
+    measure_memory, tmp_path
+):
+    """On a CPU the copy that is stored lies beside what trains."""
+    model = {"hidden_size": 768, "depth": 6, "num_heads": 12, "in_context_start": 2,
+             "image_size": 128, "num_classes": 10}  # fmt: skip
+    for rank in measure_memory(model, micro_batch=8, world=2, folder=str(tmp_path)):
+        assert rank["parts"]["host"] > 500e6
+        assert rank["peak"] == pytest.approx(rank["plan"], rel=0.15)
+
+
 @pytest.fixture
 def measure_memory(monkeypatch):
     """What tests/bench/memory.py measures in processes of its own."""

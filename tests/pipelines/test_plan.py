@@ -46,6 +46,17 @@ def test_training_state_takes_28_bytes_a_parameter_with_three_averages():
     assert planned("jit-g16-256", parallel={"ema_on_cpu": True}).memory.averages == 0
 
 
+def test_main_memory_holds_the_copy_that_is_stored_and_averages_that_are_kept_there():
+    config = load_preset("train", "jit-g16-256", PlanConfig)
+    parameters = cost.num_parameters(config.model)
+
+    there = planned("jit-g16-256", gpus=8).memory.host
+    averaged = planned("jit-g16-256", gpus=8, parallel={"ema_on_cpu": True}).memory.host
+
+    assert there * 8 == pytest.approx(24 * parameters, rel=1e-6)  # weights, AdamW, three EMAs
+    assert averaged * 8 == pytest.approx(40 * parameters, rel=1e-6)  # EMAs, and weights they follow
+
+
 def test_what_saves_memory_is_seen_to_save_it():
     def peak(**parallel) -> int:
         return planned("jit-h16-256", micro_batch=64, parallel=parallel).memory.peak
