@@ -71,7 +71,7 @@ def tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
 
 
 RANK = """
-import os, sys
+import os, sys, time
 import torch, torch.distributed as dist
 from pipelines.config import StageFailed, TrainConfig
 from pipelines.fit import LocalContext, fit
@@ -86,6 +86,7 @@ for text in sys.argv[1:]:
         fit(config, LocalContext(rank, world_size, torch.device("cpu")))
     except StageFailed as error:
         print("STOPPED", error)
+        print("AT", time.time())
 dist.destroy_process_group()
 """
 
@@ -94,9 +95,19 @@ def run_on_ranks(
     port: int, *configs: TrainConfig, world_size: int = 2, prelude: str = ""
 ) -> list[str]:
     """Fit on gloo processes, after some lines of Python in each; what each printed."""
+    processes = start_ranks(port, *configs, world_size=world_size, prelude=prelude)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
+    return outputs
+
+
+def start_ranks(
+    port: int, *configs: TrainConfig, world_size: int = 2, prelude: str = ""
+) -> list[subprocess.Popen]:
+    """The processes of run_on_ranks, at work."""
     world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     texts = [config.model_dump_json() for config in configs]
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", RANK.replace("{prelude}", prelude), *texts],
             env=os.environ | world | {"RANK": str(rank)},
@@ -106,9 +117,6 @@ def run_on_ranks(
         )
         for rank in range(world_size)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
-    return outputs
 
 
 def stopped(outputs: list[str]) -> set[str]:

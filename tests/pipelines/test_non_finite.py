@@ -1,5 +1,6 @@
 """A loss that is no number: every rank stops with one message, or all go back and leave it out."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from jitmodel.state import TrainState
 losses = TrainState.losses
 def poisoned(self, batch):
     loss, t = losses(self, batch)
+    if {PLACE} in batch.index:
+        print("BAD", time.time())
     return torch.where(batch.index == {PLACE}, torch.nan, loss), t
 if rank == 1:
     TrainState.losses = poisoned
@@ -70,6 +73,8 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_message_or_is_l
 
     (sentence,) = stopped(outputs)
     assert "loss nan" in sentence
+    bad = float(re.findall("BAD (.+)", outputs[1])[0])
+    assert all(0 < float(re.findall("AT (.+)", out)[0]) - bad < 30 for out in outputs)
     assert "at step 3 (places 32 .. 47 of the run)" in sentence
     assert f"not finite for images with id {id_at(tiny_dataset, PLACE)}." in sentence
     found = checkpoints.newest(str(tmp_path / "stops"))
