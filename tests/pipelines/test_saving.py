@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import torch
 from pipelines import checkpoints, storage
 from pipelines.checkpoints import SaveFailed
 from pipelines.fit import LocalContext, fit, kept_steps
-from tests.pipelines.runs import config_for, lines, run_on_ranks, stopped, tensors
+from tests.pipelines.runs import config_for, lines, run_on_ranks, start_ranks, stopped, tensors
 
 
 def newest(run: Path | str) -> int:
@@ -133,6 +134,34 @@ def test_a_sigkill_at_any_point_of_a_save_leaves_the_newest_complete_checkpoint(
         assert len(folders) == 2, folders
         assert folders[-1] == "step_00000005"
         assert not list(Path(config.storage).rglob(".tmp-*/*"))
+
+
+def test_a_sigkill_of_a_rank_when_some_shards_are_stored_leaves_the_checkpoint_before(
+    tiny_dataset, tmp_path, free_port
+):
+    """Rank 1 dies when the shard of rank 0 is there, and its own is not."""
+    config = config_for(tiny_dataset, tmp_path)
+    half = tmp_path / "run/checkpoints/step_00000004"
+    dies = f"""
+import signal
+from pathlib import Path
+from pipelines import storage
+move_in = storage.move_in
+def dying(path, uri):
+    if rank == 1 and "step_00000004" in uri:
+        while not Path("{half}/__0_0.distcp").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    move_in(path, uri)
+storage.move_in = dying
+"""
+    ranks = start_ranks(free_port, config, prelude=dies)
+    for process in ranks:
+        process.communicate(timeout=120)
+
+    assert ranks[1].returncode == -signal.SIGKILL
+    assert [path.name for path in half.glob("*.distcp")] == ["__0_0.distcp"]
+    assert newest(tmp_path / "run") == 32
 
 
 class Releasing(LocalContext):
