@@ -157,7 +157,7 @@ class ValidationConfig(Config):
     """Best checkpoints that stay. One that was not judged yet stays no longer than others: if
     judging takes longer than --keep-checkpoints of them, some go unjudged."""
     patience: int = Field(0, ge=0)
-    """Validations in a row that may be worse than the best one until training stops; 0 never
+    """Validations in a row, none better than the best one, after which training stops; 0 never
     stops."""
 
 

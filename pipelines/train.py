@@ -39,7 +39,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from jitmodel.parallel import tune_cpu
 from pipelines import checkpoints, runtime, storage, trackers, validation
-from pipelines.checkpoints import LATEST, Checkpoint, SaveFailed
+from pipelines.checkpoints import LATEST, META, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
 from pipelines.fit import early_stop, fit, resume_point, run_uri
 from pipelines.meter import NonFiniteLoss
@@ -202,7 +202,10 @@ def judge(checkpoint: ray.train.Checkpoint, uri: str, options: dict[str, Any]) -
         tune_cpu(threads=1)
     try:
         score = validation.validate(uri, ValidationConfig.model_validate(options), device)
-    except FileNotFoundError as error:  # what is not among the newest any more may be deleted
+    except FileNotFoundError as error:
+        if storage.exists(storage.join(uri, META)):
+            raise  # the reference or the extractor is not to be had on this machine
+        # What is not among the newest any more may be deleted.
         logger.warning("%s is not judged: %s", uri, error)
         return {}
     logger.info("%s at image %d: %.4g", score.metric, score.images_seen, score.value)

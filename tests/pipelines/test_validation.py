@@ -200,3 +200,16 @@ def test_ray_judges_checkpoints_on_a_worker_of_their_own_while_training_goes_on(
     again = validate(uri, config.validation, torch.device("cpu"))
     assert again.value == pytest.approx(found[-1].value, rel=1e-4)
     assert json.loads(Path(run, "validations/step_00000010.json").read_text())["step"] == 10
+
+
+def test_a_judge_passes_over_a_checkpoint_that_is_gone_but_not_a_reference_that_is(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "tune_cpu", lambda threads: None)  # this process goes on
+    config = config_for(tiny_dataset, tmp_path, total_images=32)
+    uri = fit(config, LocalContext()).checkpoint
+    options = {"reference": str(tmp_path / "nowhere.npz"), "ema": 0.9, "num_images": 10}
+
+    with pytest.raises(FileNotFoundError, match="no reference at"):
+        train.judge(None, uri, options)
+    assert train.judge(None, uri.replace("00000002", "00000001"), options) == {}
