@@ -19,7 +19,7 @@ import difflib
 import logging
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ import yaml
 from pydantic import BaseModel
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.runtime_env import RuntimeEnv
 from ray.serve import Application
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ProxyLocation, ServeDeploySchema
 
 from pipelines.config import DeployConfig, ServeConfig
 from pipelines.replica import Server, Wanted
@@ -37,6 +38,7 @@ from pipelines.serve import (
     DEPLOYMENT,
     PROXY_CALLBACK,
     check,
+    check_artifact,
     http_options,
     is_loopback,
     options,
@@ -50,6 +52,7 @@ OF_A_REPLICA = {
 }  # fmt: skip
 """Fields of the config that a replica cannot change while it runs."""
 ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "0", PROXY_CALLBACK[0]: PROXY_CALLBACK[1]}
+IMPORT_PATH = "pipelines.deploy:build"
 POLL_S = 1.0
 
 
@@ -62,7 +65,18 @@ def run(config: DeployConfig) -> None:
         RuntimeError: the cluster could not deploy it.
     """
     if config.file:
-        text = Path(config.file).read_text("utf-8")
+        if config.model:
+            raise ValueError(
+                f"{config.model} and --file {config.file} are both given: the file says what is "
+                "served; leave one of them out"
+            )
+        try:
+            text = Path(config.file).read_text("utf-8")
+        except OSError as error:
+            raise FileNotFoundError(
+                f"cannot read --file {config.file} ({error.strerror}): `jit deploy URI --output "
+                "FILE --dry-run` shows what it should hold"
+            ) from error
         try:
             document = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -99,7 +113,7 @@ def document_of(config: DeployConfig) -> dict[str, Any]:
             {
                 "name": APP,
                 "route_prefix": "/",
-                "import_path": "pipelines.deploy:build",
+                "import_path": IMPORT_PATH,
                 "args": config.model_dump(mode="json", include=OF_A_REPLICA),
                 "deployments": [chosen],
             }
@@ -114,27 +128,46 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def check_document(document: Any, where: str) -> None:
-    """Refuses a Serve config that Ray would misread.
+    """Refuses a Serve config that Ray would misread, or that opens what `jit deploy` keeps shut.
 
     Raises:
-        ValueError: naming the first key that nobody knows, or the value that does not fit.
+        ValueError, FileNotFoundError: naming the first key that nobody knows, or the value that
+            does not fit.
     """
     if not isinstance(document, dict):
         raise ValueError(f"{where} does not hold a Serve config: {str(document)[:60]!r}")
     check_keys(document, ServeDeploySchema, where)
-    ServeDeploySchema.model_validate(document)
-    for application in document["applications"]:
-        if application["import_path"] != "pipelines.deploy:build":
-            continue
-        ServeConfig.model_validate(application.get("args", {}))
-        for deployment in application.get("deployments", []):
-            wanted = Wanted.model_validate(deployment.get("user_config"))
-            host = document.get("http_options", {}).get("host", "0.0.0.0")
-            if not wanted.keys and not is_loopback(host):
-                raise ValueError(
-                    f"{where}: http_options.host {host} can be reached by others, and user_config "
-                    "holds no keys: let `jit deploy URI --keys-file FILE` write it"
-                )
+    found = ServeDeploySchema.model_validate(document)
+    controller = found.controller_options
+    said = controller.runtime_env.get("env_vars", {}) if controller else {}
+    for name, value in ENVIRONMENT.items():
+        if said.get(name) != value:
+            raise ValueError(
+                f"{where}: controller_options.runtime_env.env_vars has {name} "
+                f"{said.get(name)!r}: it must be {value!r}"
+            )
+    applications = [(a.name, a.import_path) for a in found.applications]
+    if applications != [(APP, IMPORT_PATH)]:
+        raise ValueError(
+            f"{where} holds the applications {applications}: there must be one, named {APP!r}, "
+            f"with import_path {IMPORT_PATH!r}; `serve deploy` is for others"
+        )
+    (application,) = found.applications
+    ServeConfig.model_validate(application.args)
+    names = [deployment.name for deployment in application.deployments]
+    if names != [DEPLOYMENT]:
+        raise ValueError(
+            f"{where}: application {APP!r} has deployments {names}: there must be one, named "
+            f"{DEPLOYMENT!r}, whose user_config says what is served"
+        )
+    wanted = Wanted.model_validate(application.deployments[0].user_config)
+    host = found.http_options.host
+    if not wanted.keys and not is_loopback(host):
+        raise ValueError(
+            f"{where}: http_options.host {host} can be reached by others, and user_config "
+            "holds no keys: let `jit deploy URI --keys-file FILE` write it"
+        )
+    check_artifact(wanted.model)
 
 
 def check_keys(found: Any, schema: type[BaseModel], where: str) -> None:
@@ -146,15 +179,26 @@ def check_keys(found: Any, schema: type[BaseModel], where: str) -> None:
     if not isinstance(found, dict):
         return  # the schema itself will say so
     for key, value in found.items():
-        field = schema.model_fields.get(key)
-        if field is None:
-            like = difflib.get_close_matches(str(key), schema.model_fields, n=1)
-            hint = f"did you mean {like[0]!r}?" if like else "Ray would drop it without a word"
-            raise ValueError(f"{where}: unknown key {key!r}: {hint}")
-        for inner in models_in(field.annotation):
+        check_key(key, schema.model_fields, where)
+        if key == "runtime_env" and isinstance(value, dict):
+            for inner_key in value:
+                check_key(inner_key, RuntimeEnv.known_fields, f"{where}, runtime_env")
+        for inner in models_in(schema.model_fields[key].annotation):
             for number, item in enumerate(value if isinstance(value, list) else [value]):
                 place = f"{key}[{number}]" if isinstance(value, list) else key
                 check_keys(item, inner, f"{where}, {place}")
+
+
+def check_key(key: Any, known: Collection[str], where: str) -> None:
+    """Refuses a key that is not among the known ones.
+
+    Raises:
+        ValueError: naming it, and the known one that is most like it.
+    """
+    if key not in known:
+        like = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {like[0]!r}?" if like else "Ray would drop it without a word"
+        raise ValueError(f"{where}: unknown key {key!r}: {hint}")
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -169,12 +213,12 @@ def apply(document: dict[str, Any], config: DeployConfig) -> None:
     client = ServeSubmissionClient(config.address)
     client.deploy_applications(document)
     wait(lambda: client.get_serve_details()["applications"], config.deploy_timeout_s)
-    options_ = document["http_options"]
+    found = ServeDeploySchema.model_validate(document)  # with what Ray takes for left-out keys
     logger.info(
         "deployed: it listens on %s:%s of %s",
-        options_["host"],
-        options_["port"],
-        "every node" if document["proxy_location"] == "EveryNode" else "the head node",
+        found.http_options.host,
+        found.http_options.port,
+        "every node" if found.proxy_location == ProxyLocation.EveryNode else "the head node",
     )
 
 

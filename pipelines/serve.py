@@ -203,13 +203,21 @@ def check(config: ServeConfig) -> ArtifactInfo:
             "RAY_SERVE_ENABLE_HA_PROXY=1 makes Ray listen on every interface whatever --host says: "
             f"unset it, or set {KEY_VARIABLE}"
         )
-    folder = storage.fetch(config.model)
+    return check_artifact(config.model)
+
+
+def check_artifact(uri: str) -> ArtifactInfo:
+    """What an artifact that can be served says about itself.
+
+    Raises:
+        FileNotFoundError: there is no artifact.
+        ValueError: it is damaged or cannot be served.
+    """
+    folder = storage.fetch(uri)
     load_artifact(folder)
     info = read_info(folder)
     if info.model.in_channels not in (1, 3):
-        raise ValueError(
-            f"{config.model} draws {info.model.in_channels} channels: a picture has 1 or 3"
-        )
+        raise ValueError(f"{uri} draws {info.model.in_channels} channels: a picture has 1 or 3")
     ClassIndex(info.classes, info.model.num_classes)
     return info
 

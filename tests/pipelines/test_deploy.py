@@ -19,7 +19,9 @@ from ray.serve.schema import ServeDeploySchema
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ModelConfig, SamplerConfig
 from jitmodel.model import JiT
+from pipelines import deploy
 from pipelines.cli import main
+from pipelines.config import DeployConfig
 
 MODEL = ModelConfig(
     image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
@@ -95,8 +97,53 @@ def test_a_config_that_ray_would_misread_is_refused(
     assert "slot\n" in error("applications", 0, "args", "slot", value=4)
     assert "modle" in error(*deployment, "user_config", "modle", value="x")
     assert "can be reached by others" in error("http_options", "host", value="0.0.0.0")
+    variables = ("controller_options", "runtime_env", "env_vars")
+    assert "has RAY_SERVE_ENABLE_HA_PROXY '1': it must be '0'" in error(
+        *variables, "RAY_SERVE_ENABLE_HA_PROXY", value="1"
+    )
+    assert "has RAY_SERVE_ENABLE_HA_PROXY None" in error("controller_options", value=None)
+    assert "did you mean 'env_vars'?" in error(
+        *deployment, "ray_actor_options", "runtime_env", value={"env_varz": {}}
+    )
+    assert "import_path 'pipelines.deploy:build'" in error(
+        "applications", 0, "import_path", value="pipelines.deploy.build"
+    )
+    assert "there must be one, named 'jit'" in error("applications", value=[])
+    assert "has deployments []" in error("applications", 0, "deployments", value=[])
+    assert "/nowhere" in error(*deployment, "user_config", "model", value="/nowhere")
     file.write_text("- 1")
     assert "does not hold a Serve config" in error_of(capsys, "--file", str(file))
+    assert "leave one of them out" in error_of(capsys, str(artifact), "--file", str(file))
+    assert "cannot read --file /nowhere.yaml" in error_of(capsys, "--file", "/nowhere.yaml")
+
+
+def test_keys_that_ray_has_defaults_for_may_be_left_out(
+    artifact: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: Any,
+    monkeypatch: Any,
+):
+    found = printed(capsys, str(artifact))
+    del found["proxy_location"]
+    del found["http_options"]["port"]
+
+    class Client:
+        """A cluster at which it runs at once."""
+
+        def __init__(self, address: str) -> None: ...
+
+        def deploy_applications(self, document: dict[str, Any]) -> None:
+            assert document == found
+
+        def get_serve_details(self) -> dict[str, Any]:
+            return {"applications": {"jit": {"status": "RUNNING"}}}
+
+    monkeypatch.setattr(deploy, "ServeSubmissionClient", Client)
+    with caplog.at_level("INFO"):
+        deploy.apply(found, DeployConfig())
+
+    assert "127.0.0.1:8000 of every node" in caplog.text
 
 
 def test_an_open_address_without_keys_and_a_damaged_artifact_are_refused(
