@@ -29,16 +29,15 @@ from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from ray.serve import Application
-from ray.serve.schema import ProxyLocation, ServeDeploySchema
+from ray.serve.schema import ServeDeploySchema
 
 from pipelines.config import DeployConfig, ServeConfig
-from pipelines.replica import Server, Wanted
+from pipelines.replica import Server, Wanted, opened
 from pipelines.serve import (
     APP,
     DEPLOYMENT,
     PROXY_CALLBACK,
     check,
-    check_artifact,
     http_options,
     is_loopback,
     options,
@@ -139,7 +138,7 @@ def check_document(document: Any, where: str) -> None:
     check_keys(document, ServeDeploySchema, where)
     found = ServeDeploySchema.model_validate(document)
     controller = found.controller_options
-    said = controller.runtime_env.get("env_vars", {}) if controller else {}
+    said = ((controller and controller.runtime_env) or {}).get("env_vars") or {}
     for name, value in ENVIRONMENT.items():
         if said.get(name) != value:
             raise ValueError(
@@ -167,7 +166,7 @@ def check_document(document: Any, where: str) -> None:
             f"{where}: http_options.host {host} can be reached by others, and user_config "
             "holds no keys: let `jit deploy URI --keys-file FILE` write it"
         )
-    check_artifact(wanted.model)
+    opened(wanted.model, wanted.weights_sha256)
 
 
 def check_keys(found: Any, schema: type[BaseModel], where: str) -> None:
@@ -218,7 +217,7 @@ def apply(document: dict[str, Any], config: DeployConfig) -> None:
         "deployed: it listens on %s:%s of %s",
         found.http_options.host,
         found.http_options.port,
-        "every node" if found.proxy_location == ProxyLocation.EveryNode else "the head node",
+        "every node" if found.proxy_location == "EveryNode" else "the head node",
     )
 
 

@@ -11,22 +11,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from fastapi import FastAPI
 from ray.util import metrics
 
-from jitmodel.artifact import CONFIG, load_artifact, read_info
+from jitmodel.artifact import (
+    AGAIN,
+    CONFIG,
+    WEIGHTS,
+    ArtifactInfo,
+    check_artifact,
+    load_artifact,
+    sha256_file,
+)
 from jitmodel.config import Config
 from pipelines import storage
 from pipelines.api import Live, Service, create_app
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
-from pipelines.engine import Engine, few_sizes
+from pipelines.engine import Drawing, Engine, EngineFailed, few_sizes
 from pipelines.guard import Key
 from pipelines.telemetry import RequestRecord, request_logger
 
@@ -104,6 +114,59 @@ class Server:
             self.live.current.engine.close()
 
 
+def opened(uri: str, weights_sha256: str = "") -> tuple[Path, ArtifactInfo]:
+    """A local folder with an artifact that can be served, and what it says about itself.
+
+    Args:
+        uri: where the artifact is.
+        weights_sha256: digest that its weights shall have; empty: the one that it names.
+
+    Raises:
+        FileNotFoundError: there is no artifact.
+        ValueError: it is damaged, cannot be served, or is not the one that was meant.
+    """
+    folder = storage.fetch(uri)
+    info = check_artifact(folder)
+    found = sha256_file(folder / WEIGHTS)
+    if found != info.weights_sha256:
+        said = f"says {info.weights_sha256}" if info.weights_sha256 else "holds no weights_sha256"
+        raise ValueError(
+            f"the weights of {uri} have sha256 {found}, but {CONFIG} {said}: they are damaged or "
+            f"were replaced. {AGAIN}"
+        )
+    if weights_sha256 not in ("", found):
+        raise ValueError(
+            f"{uri} has weights {found[:12]}, but {weights_sha256[:12]} are wanted: it was "
+            "replaced meanwhile"
+        )
+    if info.model.in_channels not in (1, 3):
+        raise ValueError(f"{uri} draws {info.model.in_channels} channels: a picture has 1 or 3")
+    ClassIndex(info.classes, info.model.num_classes)
+    return folder, info
+
+
+def try_out(engine: Engine, info: ArtifactInfo, uri: str) -> None:
+    """Draws one image, in two steps, with an engine that has not been started.
+
+    Raises:
+        ValueError: it has pixels that are no numbers, or the network fails.
+    """
+    sampler = info.sampler.model_copy(update={"steps": 2})
+    future = engine.submit([Drawing(0, 0, 0, sampler)], timeout_s=math.inf)
+    while not future.done():
+        engine.tick()
+    try:
+        (x,) = future.result().images
+        if not x.isfinite().all():
+            raise EngineFailed("its image is not finite")
+    except EngineFailed as error:
+        raise ValueError(
+            f"nothing can be drawn with {uri}: {error}. Export a healthy checkpoint with "
+            "`jit export`, or name another artifact"
+        ) from error
+    engine.ticks, engine.ticking_s, engine.images = 0, 0.0, 0  # nobody asked for this image
+
+
 def load(config: ServeConfig, wanted: Wanted) -> Service:
     """A service over a warm engine.
 
@@ -111,20 +174,9 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
         FileNotFoundError: there is no artifact.
         ValueError: it is damaged, cannot be served, or is not the one that was meant.
     """
-    folder = storage.fetch(wanted.model)
-    info = read_info(folder)
-    if wanted.weights_sha256 not in ("", info.weights_sha256):
-        raise ValueError(
-            f"{wanted.model} has weights {info.weights_sha256[:12]}, but "
-            f"{wanted.weights_sha256[:12]} are wanted: it was replaced meanwhile"
-        )
-    if info.model.in_channels not in (1, 3):
-        raise ValueError(
-            f"{wanted.model} draws {info.model.in_channels} channels: a picture has 1 or 3"
-        )
-    ClassIndex(info.classes, info.model.num_classes)
+    folder, info = opened(wanted.model, wanted.weights_sha256)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_artifact(folder, device)
+    model = load_artifact(folder, device, verify=False)  # `opened` did
     if config.compile:
         # Blocks of one kind share their compiled code, also with those of an artifact before.
         torch._dynamo.config.recompile_limit = 100
@@ -139,6 +191,7 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
         precision=config.precision,
     )
     engine.warm_up()
+    try_out(engine, info, wanted.model)
     engine.start()
     return Service(
         engine=engine,

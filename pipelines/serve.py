@@ -33,17 +33,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from jitmodel.artifact import ArtifactInfo, load_artifact, read_info
+from jitmodel.artifact import ArtifactInfo, load_artifact
 from pipelines import runtime, storage
 from pipelines.api import GRACE_S
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig, require
+from pipelines.engine import Engine
 from pipelines.guard import KEY_VARIABLE, read_keys
-from pipelines.replica import Server
+from pipelines.replica import Server, opened, try_out
 
 logger = logging.getLogger(__name__)
 
@@ -203,22 +205,9 @@ def check(config: ServeConfig) -> ArtifactInfo:
             "RAY_SERVE_ENABLE_HA_PROXY=1 makes Ray listen on every interface whatever --host says: "
             f"unset it, or set {KEY_VARIABLE}"
         )
-    return check_artifact(config.model)
-
-
-def check_artifact(uri: str) -> ArtifactInfo:
-    """What an artifact that can be served says about itself.
-
-    Raises:
-        FileNotFoundError: there is no artifact.
-        ValueError: it is damaged or cannot be served.
-    """
-    folder = storage.fetch(uri)
-    load_artifact(folder)
-    info = read_info(folder)
-    if info.model.in_channels not in (1, 3):
-        raise ValueError(f"{uri} draws {info.model.in_channels} channels: a picture has 1 or 3")
-    ClassIndex(info.classes, info.model.num_classes)
+    folder, info = opened(config.model)
+    device = torch.device("cpu")
+    try_out(Engine(load_artifact(folder, verify=False), device, slots=1), info, config.model)
     return info
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ MODEL = ModelConfig(
 CONFIG = ServeConfig(slots=2, max_steps=10_000, precision="fp32")
 
 
-def make_artifact(folder: Path, seed: int) -> ArtifactInfo:
+def make_artifact(folder: Path, seed: int, scale: float = 1.0) -> ArtifactInfo:
     model = JiT(MODEL, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
     info = ArtifactInfo(model=MODEL, sampler=SamplerConfig(steps=4), run=f"run-{seed}")
     return save_artifact(folder, model.state_dict(), info)
 
@@ -79,6 +84,10 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
     make_artifact(tmp_path / "bad", 2)
     weights = tmp_path / "bad" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    make_artifact(tmp_path / "diverged", 3, scale=math.nan)
+    make_artifact(tmp_path / "unsigned", 4)
+    config = tmp_path / "unsigned" / "config.json"
+    config.write_text(re.sub('"weights_sha256": ".*?"', '"weights_sha256": ""', config.read_text()))
 
     async def story() -> None:
         server = Server(CONFIG)
@@ -86,6 +95,8 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
         await server.reconfigure({"model": str(tmp_path / "good")})
         refused = [
             ({"model": str(tmp_path / "bad")}, "damaged"),
+            ({"model": str(tmp_path / "diverged")}, "nothing can be drawn with"),
+            ({"model": str(tmp_path / "unsigned")}, "holds no weights_sha256"),
             ({"model": str(tmp_path / "nothing")}, "there is no file or folder"),
             ({"model": str(tmp_path / "good"), "weights_sha256": "f" * 64}, "it was replaced"),
         ]

@@ -6,6 +6,8 @@ import base64
 import contextlib
 import io
 import json
+import math
+import re
 import shlex
 import shutil
 import socket
@@ -88,6 +90,14 @@ def test_a_damaged_artifact_is_refused_before_anything_starts(
 
     config.write_text(text.replace('"name": "boot"', '"title": "boot"'))
     assert "is not the config of an artifact" in error_of(capsys, str(artifact))
+
+    config.write_text(re.sub('"weights_sha256": ".*?"', '"weights_sha256": ""', text))
+    assert "holds no weights_sha256" in error_of(capsys, str(artifact))
+
+    diverged = {name: w * math.nan for name, w in load_artifact(artifact).state_dict().items()}
+    config.write_text(text)
+    save_artifact(artifact, diverged, read_info(artifact))
+    assert "nothing can be drawn with" in error_of(capsys, str(artifact))
 
 
 def test_an_address_that_others_reach_needs_a_key(
