@@ -9,6 +9,7 @@ body is there, and of previews that it does not fetch the newest replaces the ol
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -43,7 +44,7 @@ from pipelines.generation import (
     Timings,
 )
 from pipelines.guard import Guard, Key, api_error, read_json
-from pipelines.telemetry import CLIENT_LEFT, Recorder, Report, RequestRecord, record_of
+from pipelines.telemetry import CLIENT_LEFT, OPEN_ROUTES, Recorder, Report, RequestRecord, record_of
 
 GRACE_S = 5.0
 """The engine keeps deadlines itself; this much later the request fails even if a tick hangs."""
@@ -388,9 +389,16 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
     """The application over a started engine; `report` hears of every request when it is over."""
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorAnswer}
-        for status in (400, 401, 403, 404, 413, 415, 422, 429, 503, 504)
+        for status in (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 503, 504)
     }
-    app = FastAPI(title="JiT on Ray", version="1", docs_url=None, redoc_url=None, responses=errors)
+    app = FastAPI(
+        title="JiT on Ray",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=errors,
+    )
     app.add_middleware(Guard, keys=lambda: live.service.keys)
     if report is not None:
         app.add_middleware(Recorder, report=report)
@@ -475,6 +483,8 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
         ]
         return ClassList(data=cards, total=len(labels))
 
+    @app.head("/healthz", include_in_schema=False)
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/healthz")
     @app.get("/readyz")
     async def health() -> Health:
@@ -489,8 +499,14 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """FastAPI's document, with examples."""
-        document = describe()
+        """FastAPI's document, with examples, and with the key where one is needed."""
+        document = copy.deepcopy(describe())
+        if live.service.keys:
+            schemes = {"key": {"type": "http", "scheme": "bearer"}}
+            document["components"]["securitySchemes"] = schemes
+            document["security"] = [{"key": []}]
+            for route in OPEN_ROUTES:
+                document["paths"][route]["get"]["security"] = []
         content = document["paths"][IMAGES]["post"]["requestBody"]["content"]
         content["application/json"]["examples"] = {
             "by name": {"value": {"prompt": live.service.classes.prompt(0), "n": 4, "seed": 0}},
@@ -515,6 +531,7 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
 
     page = (resources.files("pipelines") / "page.html").read_text("utf-8")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
