@@ -56,6 +56,7 @@ def read_keys(file: str, concurrent: int) -> tuple[Key, ...]:
     """
     given = [(key.strip(), concurrent) for key in os.environ.get(KEY_VARIABLE, "").split(",")]
     if file:
+        before = len(given)
         try:
             lines = Path(file).read_text("utf-8").splitlines()
         except FileNotFoundError:
@@ -73,7 +74,7 @@ def read_keys(file: str, concurrent: int) -> tuple[Key, ...]:
                     "you like, how many requests it may have in work at once"
                 )
             given.append((words[0], int(limit)))
-        if not given[1:]:
+        if len(given) == before:
             raise ValueError(f"{file} holds no key: write one a line")
     if not all(key.isascii() and key.isprintable() for key, _ in given):
         raise ValueError("an API key holds other than printable ASCII: HTTP cannot carry it")
