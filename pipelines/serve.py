@@ -168,7 +168,7 @@ def options(config: ServeConfig, info: ArtifactInfo, *, gpu: bool) -> dict[str, 
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "max_queued_requests": MAX_QUEUED_REQUESTS,
         "health_check_period_s": 2,
-        "graceful_shutdown_timeout_s": 5,
+        "graceful_shutdown_timeout_s": config.timeout_s,  # what is being drawn is finished
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "ray_actor_options": {"num_cpus": config.cpus, "num_gpus": int(gpu)},
         "user_config": wanted(config, info),
