@@ -1,13 +1,13 @@
 """What stands before Ray's proxy: whole bodies only, another try, and errors in one shape.
 
 Ray's proxy passes bodies on piece by piece, cuts the connection when a replica dies under a request
-and tells its own troubles as plain text. As a middleware of the proxy (`middlewares`, which Ray
-imports from RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) this module reads a body to its end, within
-limits of size and time, before any replica hears of the request; sends a request again when the
-replica died before it answered, which is safe because drawing changes nothing; and gives errors
-OpenAI's shape. Without it the server works, but says such things less kindly.
+and tells its own troubles as plain text. As a middleware of the proxy (`pipelines.proxy`) this
+module reads a body to its end, within limits of size and time, before any replica hears of the
+request; sends a request again when the replica died before it answered, which is safe because
+drawing changes nothing; gives errors OpenAI's shape; and reports what no replica could report.
+Without it the server works, but says such things less kindly.
 
-It lives in the proxy's process, so it imports neither torch nor anything of ours.
+It lives in the proxy's process, so it imports no torch.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipelines.telemetry import OPEN_ROUTES, Report, RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -131,22 +133,39 @@ async def read_body(body: AsyncIterator[bytes]) -> bytes:
 class Front:
     """The middleware."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, report: Report | None = None) -> None:
+        self.app, self.report = app, report
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """One request; it is reported here unless a replica answered, which does so itself."""
         if scope["type"] != "http" or scope["path"] == HEALTH:
             return await self.app(scope, receive, send)
+        record = RequestRecord(method=scope["method"][:20], path=scope["path"][:200])
+        began = time.monotonic()
+        answered = await self._answer(scope, receive, send, record)
+        if self.report is not None and not answered and scope["path"] not in OPEN_ROUTES:
+            record.total_s = round(time.monotonic() - began, 6)
+            self.report(record)
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> bool:
+        """Whether a replica heard of the request to its end; if not, the record says how it was."""
+
+        async def refuse(error: ApiError) -> bool:
+            record.status, record.code = error.status, error.detail.code
+            await error.response()(scope, receive, send)
+            return False
+
         if scope["path"].startswith("/-/"):  # Ray's table of routes is nobody's business
             closed = ApiError(404, f"there is nothing at {scope['path'][:200]}", code="unknown_url")
-            return await closed.response()(scope, receive, send)
+            return await refuse(closed)
         try:
             body = await read_body(pieces(receive))
         except ApiError as error:
-            return await error.response()(scope, receive, send)
+            return await refuse(error)
         except ConnectionResetError:
-            return None
+            return False
         for attempt in range(1, ATTEMPTS + 1):
             trial = _Trial(body, receive, send)
             try:
@@ -154,8 +173,9 @@ class Front:
             except Exception:
                 logger.exception("the proxy failed")
             if trial.client_left:
-                return None
+                return True
             if trial.started:
+                record.status, record.code = 200, "unavailable"  # if it broke off
                 return await trial.finish()
             if trial.status not in (None, 500) or attempt == ATTEMPTS:
                 break
@@ -168,7 +188,7 @@ class Front:
             code="unavailable",
             headers=None if status == 504 else {"Retry-After": "2"},
         )
-        return await failure.response()(scope, receive, send)
+        return await refuse(failure)
 
 
 class _Trial:
@@ -203,17 +223,13 @@ class _Trial:
             self._ended = message["type"] == "http.response.body" and not message.get("more_body")
             await self._send(message)
 
-    async def finish(self) -> None:
-        """Ends a stream that broke off with an event that says so."""
+    async def finish(self) -> bool:
+        """Ends a stream that broke off with an event that says so; whether it was whole."""
         if self._ended or not self._streams:
-            return
+            return True
         error = ApiError(
             503, "the replica that was drawing failed", type="server_error", code="unavailable"
         )
         event = f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
-
-
-def middlewares() -> list[Middleware]:
-    """What Ray's proxy asks for."""
-    return [Middleware(Front)]
+        return False

@@ -30,12 +30,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pipelines.engine import EngineFailed, QueueFull
 from pipelines.front import ApiError, read_body
 from pipelines.generation import BadRequest
-from pipelines.telemetry import OPEN_ROUTES, record_of
+from pipelines.telemetry import DRAWING_ROUTES, OPEN_ROUTES, record_of
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "JIT_API_KEY"
-DRAWING_ROUTES = "/v1/images/"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
 from pipelines.engine import Drawing, Engine, EngineFailed, few_sizes
 from pipelines.guard import Key
-from pipelines.telemetry import RequestRecord, request_logger
+from pipelines.proxy import Tally
+from pipelines.telemetry import RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -213,10 +214,7 @@ class Meter:
 
     def __init__(self, slots: int) -> None:
         counter, gauge = metrics.Counter, metrics.Gauge
-        self.requests = counter("jit_requests_total", "Requests answered.", ("status",))
-        self.rejections = counter(
-            "jit_rejections_total", "Image requests that drew nothing, by reason.", ("reason",)
-        )
+        self.tally = Tally()
         self.images = counter("jit_images_total", "Images drawn.")
         self.ticks = counter("jit_ticks_total", "Network evaluations of the running batch.")
         self.ticking = counter("jit_tick_seconds_total", "Seconds spent in them.")
@@ -228,14 +226,10 @@ class Meter:
             "jit_request_seconds", "Seconds of an image request.", SECONDS, ("phase",)
         )
         self.slots.set(slots)
-        self.log = request_logger()
 
     def report(self, record: RequestRecord) -> None:
         """One request is over."""
-        self.log.info("%s", record.line())
-        self.requests.inc(tags={"status": str(record.status)})
-        if record.code is not None:
-            self.rejections.inc(tags={"reason": record.code})
+        self.tally.report(record)
         if record.drawing_s is not None:
             phases = ("queued", "drawing", "encoding", "total")
             for phase in phases:

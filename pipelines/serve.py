@@ -53,7 +53,7 @@ APP, DEPLOYMENT, VERSION = "jit", "server", "1"
 MAX_ONGOING_REQUESTS = 10_000
 MAX_QUEUED_REQUESTS = 1_000
 """Requests that wait in a proxy while no replica is there."""
-PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "pipelines.front:middlewares")
+PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "pipelines.proxy:middlewares")
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Of Ray Serve's own loggers; ours say one line a request."""
 

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_LEFT = 499
 OPEN_ROUTES = ("/healthz", "/readyz")
+DRAWING_ROUTES = "/v1/images/"
 
 
 @dataclass

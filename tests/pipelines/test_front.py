@@ -86,8 +86,10 @@ def test_a_stream_that_breaks_off_ends_with_an_event_that_says_so():
         body = b"event: partial\ndata: {}\n\n"
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
-    answer = TestClient(Front(proxy)).post("/v1/images/generations", content=b"{}")
+    records: list[Any] = []
+    answer = TestClient(Front(proxy, records.append)).post("/v1/images/generations", content=b"{}")
 
+    assert [(record.status, record.code) for record in records] == [(200, "unavailable")]
     events = [part.split("\n")[0] for part in answer.text.strip().split("\n\n")]
     assert events == ["event: partial", "event: error"]
 
@@ -139,6 +141,29 @@ def test_a_client_that_left_is_not_served_again():
     asyncio.run(Front(proxy)(scope, receive, send))
 
     assert calls == [1]
+
+
+def test_a_request_leaves_a_record_here_only_if_no_replica_could_leave_one():
+    records: list[tuple[str, int, str | None]] = []
+
+    def ask(path: str, *answers: Answer | None, content: bytes = b"{}") -> None:
+        app = Front(Proxy(*answers), lambda r: records.append((r.path, r.status, r.code)))
+        TestClient(app).post(path, content=content)
+
+    ask("/large", content=b"x" * (MAX_BODY_BYTES + 1))
+    ask("/-/routes")
+    ask("/died", *[None] * ATTEMPTS)
+    ask("/full", says(429))
+    ask("/drawn", None, echo)
+    ask("/refused", lambda _: JSONResponse({"error": {}}, 429))
+    ask("/readyz", says(503))
+
+    assert records == [
+        ("/large", 413, "request_too_large"),
+        ("/-/routes", 404, "unknown_url"),
+        ("/died", 503, "unavailable"),
+        ("/full", 429, "unavailable"),
+    ]
 
 
 def test_rays_table_of_routes_is_closed_and_its_health_route_open():

@@ -181,7 +181,12 @@ def check_metrics(images: int, earlier: set[str]) -> None:
     assert found["jit_requests_total", "200"] >= 5
     assert found["jit_requests_total", "422"] == 2
     assert found["jit_requests_total", "401"] == 2
+    assert found["jit_requests_total", "413"] == found["jit_requests_total", "404"] == 1
+    assert found["jit_rejections_total", "request_too_large"] == 1, "counted by the proxy"
     assert found["jit_rejections_total", "invalid_value"] == 2
+    assert found["jit_rejections_total", "invalid_api_key"] == 1, (
+        "of images; the other asked for models"
+    )
     assert found["jit_request_seconds_count", "drawing"] == 5
     assert 0 < found["jit_request_seconds_sum", "drawing"] < 60
     # images of 4 Heun steps drawn together take 7 evaluations, one of 20 takes 39
