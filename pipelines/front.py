@@ -31,6 +31,8 @@ MAX_BODY_BYTES = 64 * 1024
 MAX_DRAINED_BYTES = 256 * 2**20
 BODY_TIMEOUT_S = 30.0
 ATTEMPTS = 3
+PROBE_TIMEOUT_S = 3.0
+"""A probe is answered within this time; other requests wait for a replica as Ray lets them."""
 HEALTH = "/-/healthz"
 OF_RAY = {  # status of Ray's -> ours, with what it means
     404: (503, "the server is starting, or is being replaced"),
@@ -166,12 +168,18 @@ class Front:
             return await refuse(error)
         except ConnectionResetError:
             return False
+        limit = PROBE_TIMEOUT_S if scope["path"] in OPEN_ROUTES else None
         for attempt in range(1, ATTEMPTS + 1):
             trial = _Trial(body, receive, send)
+            clock = asyncio.timeout(limit)
             try:
-                await self.app(scope, trial.receive, trial.send)
+                async with clock:
+                    await self.app(scope, trial.receive, trial.send)
             except Exception:
-                logger.exception("the proxy failed")
+                if not clock.expired():
+                    logger.exception("the proxy failed")
+            if clock.expired() and not trial.started:
+                trial.status = 503
             if trial.client_left:
                 return True
             if trial.started:

@@ -12,6 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -44,6 +47,8 @@ from pipelines.telemetry import RequestRecord
 logger = logging.getLogger(__name__)
 
 GAUGE_PERIOD_S = 1.0
+KEPT_ARTIFACTS = 3
+"""Copies of artifacts that a machine keeps, of those that it served last."""
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
@@ -146,6 +151,52 @@ def opened(uri: str, weights_sha256: str = "") -> tuple[Path, ArtifactInfo]:
     return folder, info
 
 
+def kept(weights_sha256: str) -> Path:
+    """Where this machine keeps the artifact with these weights, once it was served here."""
+    return storage.cache_folder() / "served" / weights_sha256
+
+
+def keep(folder: Path, info: ArtifactInfo) -> None:
+    """Copies an artifact that can be served, so that a replica can start again when it is gone."""
+    target = kept(info.weights_sha256)
+    if folder == target:
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
+            whole = Path(temporary) / "artifact"
+            whole.mkdir()
+            names = (CONFIG,) if target.exists() else (WEIGHTS, CONFIG)
+            for name in names:
+                shutil.copy(folder / name, whole)
+            if target.exists():  # the weights are the same, the names of classes perhaps not
+                (whole / CONFIG).replace(target / CONFIG)
+            else:
+                whole.rename(target)
+        os.utime(target)
+        old = sorted(target.parent.glob("[!.]*"), key=lambda f: f.stat().st_mtime)[:-KEPT_ARTIFACTS]
+        for folder in old:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:  # it is served all the same
+        logger.warning("the artifact is not kept at %s: %s", target, error)
+
+
+def wanted_artifact(wanted: Wanted) -> tuple[Path, ArtifactInfo]:
+    """The artifact that a replica shall serve; where it was damaged since, the copy of it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `opened`.
+    """
+    try:
+        return opened(wanted.model, wanted.weights_sha256)
+    except (OSError, ValueError) as error:
+        copy = kept(wanted.weights_sha256)
+        if not wanted.weights_sha256 or not copy.exists():
+            raise
+        logger.warning("%s; serving the copy at %s", error, copy)
+        return opened(str(copy), wanted.weights_sha256)
+
+
 def try_out(engine: Engine, info: ArtifactInfo, uri: str) -> None:
     """Draws one image, in two steps, with an engine that has not been started.
 
@@ -175,7 +226,7 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
         FileNotFoundError: there is no artifact.
         ValueError: it is damaged, cannot be served, or is not the one that was meant.
     """
-    folder, info = opened(wanted.model, wanted.weights_sha256)
+    folder, info = wanted_artifact(wanted)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_artifact(folder, device, verify=False)  # `opened` did
     if config.compile:
@@ -193,6 +244,7 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
     )
     engine.warm_up()
     try_out(engine, info, wanted.model)
+    keep(folder, info)
     engine.start()
     return Service(
         engine=engine,

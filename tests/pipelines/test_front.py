@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,19 @@ def test_a_client_that_left_is_not_served_again():
     asyncio.run(Front(proxy)(scope, receive, send))
 
     assert calls == [1]
+
+
+def test_a_probe_hears_soon_that_no_replica_is_there(monkeypatch: pytest.MonkeyPatch):
+    async def waits(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(front, "PROBE_TIMEOUT_S", 0.05)
+    began = time.monotonic()
+    answer = TestClient(Front(waits)).get("/readyz")
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert "no replica is there" in answer.json()["error"]["message"]
+    assert time.monotonic() - began < 10
 
 
 def test_a_request_leaves_a_record_here_only_if_no_replica_could_leave_one():

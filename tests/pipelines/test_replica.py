@@ -34,6 +34,12 @@ def make_artifact(folder: Path, seed: int, scale: float = 1.0) -> ArtifactInfo:
     return save_artifact(folder, model.state_dict(), info)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another one served."""
+    monkeypatch.setenv("JIT_CACHE", str(tmp_path / "cache"))
+
+
 async def settled(server: Server) -> None:
     """Waits until the replica has done what it was told."""
     while server._tasks:
@@ -127,6 +133,26 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
             server.check_health()
 
     asyncio.run(story())
+
+
+def test_a_replica_starts_again_though_its_artifact_was_damaged_meanwhile(tmp_path: Path):
+    good = make_artifact(tmp_path / "a", 1)
+    wish = {"model": str(tmp_path / "a"), "weights_sha256": good.weights_sha256}
+
+    async def served() -> str:
+        server = Server(CONFIG)
+        await server.reconfigure(wish)
+        server.live.service.engine.close()
+        return server.live.service.info.weights_sha256
+
+    assert asyncio.run(served()) == good.weights_sha256
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"")
+    assert asyncio.run(served()) == good.weights_sha256
+    for seed in range(2, 5):  # the copies are few, and of what was served last
+        make_artifact(tmp_path / "b", seed)
+        asyncio.run(Server(CONFIG).reconfigure({"model": str(tmp_path / "b")}))
+    with pytest.raises(ValueError, match="is damaged"):
+        asyncio.run(served())
 
 
 def test_a_replica_that_has_nothing_else_fails_on_a_broken_artifact(tmp_path: Path):
