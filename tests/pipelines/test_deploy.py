@@ -67,6 +67,7 @@ def test_the_serve_config_is_valid_holds_no_key_and_keeps_haproxy_off(
     assert deployment["autoscaling_config"]["max_replicas"] == 5
     assert deployment["ray_actor_options"]["num_gpus"] == 0.5
     assert deployment["user_config"]["model"] == str(artifact)
+    assert deployment["graceful_shutdown_timeout_s"] == 120, "the longest that a request may take"
     ((digest, limit),) = deployment["user_config"]["keys"]
     assert (len(digest), limit) == (64, 3)
     assert "sesame" not in str(found)
