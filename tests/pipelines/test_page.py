@@ -188,6 +188,28 @@ def test_four_tenches_come_clear_and_the_same_seed_draws_them_again(visit: Visit
     keep(page, "enlarged")
 
 
+def test_a_seed_larger_than_a_javascript_number_is_drawn_as_it_was_typed(visit: Visit):
+    page = visit(DESKTOP)
+    page.fill("#prompt", "tench")
+    page.fill("#seed", "9007199254740993")  # 2^53 + 1
+    page.click("#draw")
+    finished(page)
+
+    assert '"seed":9007199254740993' in page.text_content("#curl")
+    page.click("#grid li:nth-child(1) button")
+    assert "9007199254740993, index 0" in page.text_content("#large-text")
+
+
+def test_the_curl_line_is_selected_where_the_clipboard_is_out_of_reach(visit: Visit):
+    page = visit(DESKTOP)
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.click("summary")
+    page.click("#copy")
+
+    until(page, "document.querySelector('#copied').textContent.startsWith('selected')")
+    assert page.evaluate("getSelection().toString()").startswith("curl http://127.0.0.1")
+
+
 def test_a_mistake_is_told_in_a_sentence_and_mended(visit: Visit):
     page = visit(DESKTOP)
 
