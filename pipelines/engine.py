@@ -7,9 +7,10 @@ images leave, waiting ones take their place at the next tick. An image is the on
 `jitmodel.sampler.sample` draws for the same seed and settings, whatever else was in the batch.
 
 Who is next: the waiting request with the fewest images in slots, then the earliest deadline, so
-that one request for sixteen images does not keep sixteen requests for one image waiting, and
-neither can starve the other. What will not fit the queue, or not be done in time at the measured
-speed, is refused at once (`QueueFull`).
+that one request for sixteen images does not keep sixteen requests for one image waiting; but a
+request whose time runs short goes first, so that they do not starve it either. What will not fit
+the queue, or not be done in time at the measured speed, or make an accepted request late, is
+refused at once (`QueueFull`): the schedule is played through to know it.
 
 Rows are gathered from the occupied slots, and the unconditional pass adds rows only for slots whose
 guidance is active, so the network's batch changes from tick to tick. On a CPU time grows with the
@@ -24,6 +25,7 @@ Tests call `tick` themselves. Nothing here knows about HTTP or Ray.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
 import threading
@@ -31,7 +33,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 UNHEALTHY_FAILURES = 3
 RESERVE = 1.5
 """A request is accepted if it would be in time even if all took this many times as long."""
+_UNSEEN = torch.empty(0)  # an image of a schedule that is only played through
 Preview = Callable[[int, int, Tensor], None]
 """Called as (position in the request, step, x_pred [C, H, W] on the CPU) by the engine's thread."""
 
@@ -119,6 +122,14 @@ class _Request:
     @property
     def waiting(self) -> int:
         return len(self.drawings) - self.dealt
+
+    def turn(self, now: float, slots: int, tick_s: float) -> tuple[int, float, int]:
+        """Its turn among those that wait, least first: what is short of time, what has little."""
+        image_s = self.drawings[self.dealt].evaluations * tick_s
+        rounds, left_s = math.ceil(self.waiting / slots), self.deadline - now
+        # One round more, since slots are not free at once; who cannot be in time is not helped.
+        urgent = rounds * image_s <= left_s <= RESERVE * (rounds + 1) * image_s
+        return -1 if urgent else self.running, self.deadline, self.number
 
 
 @dataclass(eq=False)
@@ -268,7 +279,7 @@ class Engine:
             preview_steps: numbers of steps, from 0.
 
         Raises:
-            QueueFull: no room, or other work leaves no time at the measured speed.
+            QueueFull: no room, or no time at the measured speed for this and what was accepted.
             EngineFailed: the engine is closed.
         """
         capacity = len(self._slots) + self.max_queue
@@ -298,17 +309,23 @@ class Engine:
                     needed_s - timeout_s,
                 )
             self._numbers += 1
-            self._requests.append(
-                _Request(
-                    number=self._numbers,
-                    drawings=tuple(drawings),
-                    submitted=now,
-                    deadline=now + timeout_s,
-                    future=future,
-                    on_preview=on_preview,
-                    preview_steps=preview_steps,
-                )
+            request = _Request(
+                number=self._numbers,
+                drawings=tuple(drawings),
+                submitted=now,
+                deadline=now + timeout_s,
+                future=future,
+                on_preview=on_preview,
+                preview_steps=preview_steps,
             )
+            late = self._late([*self._requests, request], now) if backlog_s > 0 else set()
+            if late and late - self._late(self._requests, now):
+                raise QueueFull(
+                    f"with {len(drawings)} more images, some of the {images + len(drawings)} "
+                    "would be late",
+                    backlog_s,
+                )
+            self._requests.append(request)
             self._changed.notify_all()
         return future
 
@@ -412,7 +429,7 @@ class Engine:
             waiting = [r for r in self._requests if r.waiting]
             if not waiting:
                 continue
-            request = min(waiting, key=lambda r: (r.running, r.deadline, r.number))
+            request = min(waiting, key=lambda r: r.turn(now, len(self._slots), self.tick_s))
             if request.dealt == 0:
                 request.started = now
             steps = request.drawings[request.dealt].sampler.steps
@@ -508,6 +525,38 @@ class Engine:
         """Evaluations that running and waiting images still need."""
         waiting = (d.evaluations for r in self._requests for d in r.drawings[r.dealt :])
         return sum(waiting) + sum(s.evaluations_left for s in self._slots if s is not None)
+
+    def _late(self, requests: Sequence[_Request], now: float) -> set[int]:
+        """Numbers of the requests that would be late at `RESERVE` times the measured tick, if
+        nothing else came: plays on copies what `_admit` will do."""
+        tick_s, slots = RESERVE * self.tick_s, len(self._slots)
+        copies = {r.number: replace(r, images=dict(r.images)) for r in requests}
+        waiting = [r for r in copies.values() if r.waiting]
+        ends = [  # (tick, request, position) of the images in slots
+            (slot.evaluations_left, slot.request.number, slot.position)
+            for slot in self._slots
+            if slot is not None and slot.request.number in copies
+        ]
+        heapq.heapify(ends)
+        late, tick = set(), 0
+        while ends or waiting:
+            while waiting and len(ends) < slots:
+                moment = now + tick * tick_s
+                request = min(waiting, key=lambda r: r.turn(moment, slots, tick_s))
+                end = tick + request.drawings[request.dealt].evaluations
+                heapq.heappush(ends, (end, request.number, request.dealt))
+                request.dealt += 1
+                if not request.waiting:
+                    waiting.remove(request)
+            tick = ends[0][0]
+            while ends and ends[0][0] == tick:
+                _, number, position = heapq.heappop(ends)
+                request = copies[number]
+                request.images[position] = _UNSEEN
+                done = len(request.images) == len(request.drawings)
+                if done and now + tick * tick_s > request.deadline:
+                    late.add(number)
+        return late
 
     def _expected_s(self, drawings: Sequence[Drawing]) -> float:
         """Seconds for a request's own images, once they have the slots."""

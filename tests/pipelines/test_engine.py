@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from jitmodel.config import ModelConfig, SamplerConfig
+from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
 from jitmodel.pixels import to_pixels
 from jitmodel.sampler import sample, start_noise
@@ -195,7 +196,7 @@ def test_among_equals_the_earliest_deadline_is_first(model: JiT):
 def test_a_cancelled_request_frees_its_slots_at_the_next_tick(model: JiT):
     network = Watched(model)
     engine = Engine(network, torch.device("cpu"), slots=2)
-    gone = engine.submit([drawing(index=k, steps=50) for k in range(6)], timeout_s=60)
+    gone = engine.submit([drawing(index=k, steps=10) for k in range(6)], timeout_s=60)
     next_ = engine.submit([drawing(seed=3)], timeout_s=60)
     engine.tick()
     assert engine.running == 2
@@ -234,6 +235,52 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(model: JiT):
     with pytest.raises(QueueFull, match=r"take up to 16\.5 s \(15\.0 s of them waiting\)"):
         engine.submit([drawing(steps=2)], timeout_s=16)
     engine.submit([drawing(steps=2)], timeout_s=17)
+
+
+class Clock:
+    """Time that passes only in the network, 50 ms an evaluation, whatever the machine does."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.config, self.flow = CONFIG, FlowConfig()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.now += 0.05
+        return torch.zeros_like(z)
+
+
+@pytest.mark.parametrize("load", [1, 2, 10])
+@pytest.mark.parametrize("steps", [10, 2])
+def test_nobody_who_was_accepted_is_late(monkeypatch: pytest.MonkeyPatch, load: int, steps: int):
+    clock, timeout_s = Clock(), 5
+    monkeypatch.setattr("pipelines.engine.time", clock)
+    engine = Engine(clock, torch.device("cpu"), slots=4, max_queue=32)
+    engine.tick_s = 0.05
+    one, many = drawing(steps=steps), [drawing(index=k, steps=10) for k in range(8)]
+    small: list[Future[Drawn]] = []
+    large: list[Future[Drawn]] = []
+    every_s = one.evaluations * 0.05 / 4 / load
+    next_small, next_large = 0.0, 0.5
+
+    while clock.now < 3 * timeout_s:  # one image at a time fills the slots; now and then come 8
+        while next_small <= clock.now:
+            with suppress(QueueFull):
+                small.append(engine.submit([one], timeout_s=timeout_s))
+            next_small += every_s
+        if clock.now >= next_large:
+            with suppress(QueueFull):
+                large.append(engine.submit(many, timeout_s=timeout_s))
+            next_large += timeout_s
+        clock.now += 0 if engine.tick() else 0.001
+    run_dry(engine)
+
+    late = [f for f in small + large if isinstance(f.exception(0), DeadlineExceeded)]
+    assert not late, f"{len(late)} of {len(small)} small and {len(large)} large"
+    assert len(small) > 0.6 * 3 * timeout_s / (every_s * load), "small ones still join"
+    assert large or load > 1, "and at capacity large ones are not shut out"
 
 
 def test_a_late_request_fails_and_frees_its_slots(model: JiT):
