@@ -504,6 +504,10 @@ class Engine:
             request = slot.request
             with self._changed:
                 self._slots[i] = None
+                if not x.isfinite().all():
+                    what = f"image {slot.position} of the request has values that are not finite"
+                    _settle(request.future, EngineFailed(what))
+                    continue
                 self.images += 1
                 request.images[slot.position] = x
                 if len(request.images) == len(request.drawings):

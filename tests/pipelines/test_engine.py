@@ -313,6 +313,21 @@ def test_a_failed_tick_fails_the_images_in_it_and_the_engine_goes_on(model: JiT)
     assert engine.failures == 0
 
 
+def test_an_image_that_is_not_finite_fails_its_own_request_only(model: JiT):
+    class Spoilt(Watched):
+        def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Any:
+            return torch.where(y.view(-1, 1, 1, 1) == 1, torch.nan, super().__call__(z, t, y))
+
+    engine = Engine(Spoilt(model), torch.device("cpu"), slots=2)
+    bad = engine.submit([drawing(0), drawing(1)], timeout_s=60)
+    good = engine.submit([drawing(2)], timeout_s=60)
+    run_dry(engine)
+
+    with pytest.raises(EngineFailed, match=r"image 1 of the request .* not finite"):
+        bad.result(0)
+    assert_same(good.result(0).images[0], alone(model, drawing(2)))
+
+
 def test_previews_become_the_image(model: JiT):
     engine = Engine(model, torch.device("cpu"), slots=2)
     previews: dict[tuple[int, int], Tensor] = {}
