@@ -59,7 +59,8 @@ PAGE_POLICY = (
 STREAM_EXAMPLE = (
     "event: image_generation.partial_image\n"
     'data: {"type": "image_generation.partial_image", "b64_json": "iVBORw0KGgo...", '
-    '"partial_image_index": 0, "image_index": 0, "step": 4}\n\n'
+    '"partial_image_index": 0, "image_index": 0, "step": 4, "seed": 7, "index": 0, '
+    '"artifact_sha256": "9f2c..."}\n\n'
 )
 """How the answer to `stream: true` begins."""
 
@@ -228,7 +229,7 @@ class Requested:
         began = time.monotonic()
         service = self.service
         files = await asyncio.to_thread(
-            generation.files, self.plan, drawn.images, service.model, service.info, service.classes
+            generation.files, self.plan, drawn, service.model, service.info, service.classes
         )
         self.record.queued_s = round(drawn.queued_s, 6)
         self.record.drawing_s = round(drawn.drawing_s, 6)
@@ -271,6 +272,9 @@ class Requested:
                         partial_image_index=number,
                         image_index=position,
                         step=step,
+                        seed=self.plan.seed,
+                        index=self.plan.index + position,
+                        artifact_sha256=self.service.info.weights_sha256,
                     )
             answer = await self.answer(kept, "")
             shared = answer.model_dump(mode="json", exclude={"data", "created"})
@@ -350,7 +354,16 @@ async def redraw(live: Live, request: Request, link: Redraw) -> Response:
         if files is None:
             return Response(status_code=CLIENT_LEFT)
         (file,) = files
-    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+    headers = {
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "X-Jit-Seed": str(link.seed),
+        "X-Jit-Index": str(link.index),
+        "X-Jit-Artifact-Sha256": link.artifact_sha256,
+    }
+    for phase in Timings.model_fields:  # null where the file was kept: nothing was drawn
+        seconds = getattr(record_of(request.scope), phase)
+        if seconds is not None:
+            headers[f"X-Jit-{phase.replace('_', '-').title()}"] = str(seconds)
     return Response(file, media_type=f"image/{link.output_format}", headers=headers)
 
 

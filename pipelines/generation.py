@@ -28,7 +28,7 @@ from jitmodel.config import Config, SamplerConfig
 from jitmodel.pixels import to_pixels
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
-from pipelines.engine import Drawing
+from pipelines.engine import Drawing, Drawn
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 SEED_LIMIT = 2**63
@@ -69,7 +69,8 @@ class ImageRequest(Config):
     index: int = Field(0, ge=0, lt=SEED_LIMIT // 2)
     """Index of the first image below the seed; image k of the request has index + k."""
     num_inference_steps: int | None = Field(None, ge=1)
-    """Steps from noise to image; by default as the artifact recommends, like the next three."""
+    """Steps from noise to image; by default as the artifact recommends, like the next three, or
+    the most that the server allows."""
     guidance_scale: float | None = Field(None, ge=0, le=100)
     """Guidance weight; 1 turns guidance off."""
     guidance_interval: list[float] | None = Field(None, min_length=2, max_length=2)
@@ -241,7 +242,7 @@ def plan(
         BadRequest: naming the parameter, what it is, and what it should be.
     """
     labels = _labels(request, config, classes)
-    steps = request.num_inference_steps or info.sampler.steps
+    steps = request.num_inference_steps or min(info.sampler.steps, config.max_steps)
     if steps > config.max_steps:
         raise BadRequest(
             f"num_inference_steps is {steps}: this server draws with 1 to {config.max_steps}",
@@ -373,11 +374,15 @@ def picture(x: Tensor, plan: Plan, metadata: dict[str, str]) -> bytes:
 
 
 def files(
-    plan: Plan, drawn: Sequence[Tensor], model: str, info: ArtifactInfo, classes: ClassIndex
+    plan: Plan, drawn: Drawn, model: str, info: ArtifactInfo, classes: ClassIndex
 ) -> list[bytes]:
-    """Every image encoded; a PNG with what draws it again."""
+    """Every image encoded; a PNG with what draws it again, and how long that took."""
     encoded = []
-    for k, (label, x) in enumerate(zip(plan.labels, drawn, strict=True)):
+    timings = {
+        "queued_s": round(drawn.queued_s, 6),
+        "drawing_s": round(drawn.drawing_s, 6),
+    }  # its own encoding is not over when the texts are written
+    for k, (label, x) in enumerate(zip(plan.labels, drawn.images, strict=True)):
         settings = {
             "seed": plan.seed,
             "index": plan.index + k,
@@ -391,7 +396,11 @@ def files(
             "guidance_interval": plan.sampler.cfg_interval,
             "size": f"{plan.side}x{plan.side}",
         }
-        metadata = {"Software": "JiT on Ray", "jit": json.dumps(settings)}
+        metadata = {
+            "Software": "JiT on Ray",
+            "jit": json.dumps(settings),
+            "jit-timings": json.dumps(timings),
+        }
         encoded.append(picture(x, plan, metadata))
     return encoded
 

@@ -145,6 +145,9 @@ def test_an_answer_holds_the_samplers_images_and_what_draws_them_again(
     assert answer["timings"]["drawing_s"] > 0
 
     file = Image.open(io.BytesIO(base64.b64decode(answer["data"][1]["b64_json"])))
+    timings = json.loads(file.text["jit-timings"])
+    assert timings.items() <= answer["timings"].items()
+    assert timings["drawing_s"] > 0
     said = json.loads(file.text["jit"])
     assert said.pop("class_name") == "tench, Tinca tinca"
     assert said.pop("artifact_sha256") == answer["artifact_sha256"]
@@ -198,8 +201,15 @@ def test_a_link_leads_to_the_image_also_when_the_server_kept_nothing(
     forgetful = TestClient(create_app(Live(service)))  # the same weights in another process
     for image, expected in zip(linked["data"], whole, strict=True):
         kept, again = client.get(image["url"]), forgetful.get(image["url"])
-        assert kept.content == base64.b64decode(expected["b64_json"])
+        assert np.array_equal(
+            np.asarray(Image.open(io.BytesIO(kept.content))), pixels_of(expected["b64_json"])
+        )  # the texts differ in their timings
         assert kept.headers["content-type"] == again.headers["content-type"] == "image/png"
+        for found in (kept, again):
+            assert found.headers["x-jit-seed"] == "7"
+            assert found.headers["x-jit-index"] == str(image["index"])
+            assert found.headers["x-jit-artifact-sha256"] == linked["artifact_sha256"]
+        assert float(again.headers["x-jit-drawing-s"]) > 0
         pixels = [np.asarray(Image.open(io.BytesIO(a.content))).astype(int) for a in (kept, again)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1  # alone in the batch, it may round so
 
@@ -409,6 +419,8 @@ def test_the_openai_client_reads_a_stream_of_previews(url: str):
     kinds = [event.type.removeprefix("image_generation.") for event in events]
     assert kinds[-1] == "completed"
     assert set(kinds[:-1]) == {"partial_image"}
+    for name in ("seed", "index", "artifact_sha256"):
+        assert len({getattr(event, name) for event in events}) == 1, name
     assert not np.array_equal(pixels_of(events[0].b64_json), pixels_of(events[-1].b64_json))
     assert whole.data is not None
     final = pixels_of(whole.data[0].b64_json or "")
@@ -450,6 +462,16 @@ def test_a_full_queue_answers_429_and_a_late_image_504(artifact: Path):
     assert refused.json()["error"]["code"] == "queue_full"
     assert answers[0].status_code == 504
     assert "of 8 images were done after 0.5 s" in answers[0].json()["error"]["message"]
+
+
+def test_a_server_of_fewer_steps_than_the_artifacts_draws_with_what_it_allows(artifact: Path):
+    with served(artifact, max_steps=3) as service:  # the artifact recommends 4
+        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+
+        assert client.post(PATH, json={"prompt": "0"}).json()["sampler"]["steps"] == 3
+        asked = client.post(PATH, json={"prompt": "0", "num_inference_steps": 4})
+
+    assert "num_inference_steps is 4" in asked.json()["error"]["message"]
 
 
 def test_a_failing_network_answers_503_and_shows_in_health(
