@@ -259,13 +259,13 @@ def test_nobody_who_was_accepted_is_late(monkeypatch: pytest.MonkeyPatch, load: 
     monkeypatch.setattr("pipelines.engine.time", clock)
     engine = Engine(clock, torch.device("cpu"), slots=4, max_queue=32)
     engine.tick_s = 0.05
-    one, many = drawing(steps=steps), [drawing(index=k, steps=10) for k in range(8)]
+    one, many = drawing(steps=steps), [drawing(index=k, steps=10) for k in range(16)]
     small: list[Future[Drawn]] = []
     large: list[Future[Drawn]] = []
     every_s = one.evaluations * 0.05 / 4 / load
     next_small, next_large = 0.0, 0.5
 
-    while clock.now < 3 * timeout_s:  # one image at a time fills the slots; now and then come 8
+    while clock.now < 3 * timeout_s:  # one image at a time fills the slots; now and then come 16
         while next_small <= clock.now:
             with suppress(QueueFull):
                 small.append(engine.submit([one], timeout_s=timeout_s))
