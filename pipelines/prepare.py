@@ -116,6 +116,7 @@ def run(config: PrepareConfig) -> None:
             storage.delete(storage.join(output, WORK))
             logger.info("%s is finished already", output)
             return
+        check_workers(config.workers)
         storage.check_writable(output)
         with lease.claim(storage.join(output, WORK, "writer")) as held:
             if not is_finished(folders):
@@ -135,6 +136,23 @@ def run(config: PrepareConfig) -> None:
                 folder, manifest.num_rows, size, manifest.num_rejects,
                 sum(s.bytes for s in manifest.shards) / 1e6, manifest.fingerprint,
             )  # fmt: skip
+
+
+def check_workers(workers: int) -> None:
+    """Refuse more workers than the cluster has CPUs for.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if not workers:
+        return
+    runtime.connect()
+    room = int(runtime.capacity()["CPU"])
+    if workers > room:
+        raise ValueError(
+            f"--workers {workers} needs {workers} CPUs, but the cluster has {room}: ask for at "
+            f"most {room}, or 0 for one on each"
+        )
 
 
 def refuse_inside(output: str, source: str) -> None:

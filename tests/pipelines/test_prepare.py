@@ -178,6 +178,16 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
 
 
 @pytest.mark.ray
+def test_more_workers_than_cpus_are_refused_and_nothing_is_written(
+    ray_cluster: None, tree: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"--workers 999 needs 999 CPUs, but the cluster has \d+:"):
+        prepare.run(_config(tree, tmp_path / "many", workers=999))
+
+    assert not (tmp_path / "many").exists()
+
+
+@pytest.mark.ray
 def test_parquet_as_a_source_gives_the_same_images(prepared: Path, tmp_path: Path) -> None:
     prepare.run(_config(prepared, tmp_path / "again", rows_per_shard=50))
     manifest = shards.read_manifest(str(tmp_path / "again"))
