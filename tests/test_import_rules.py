@@ -4,7 +4,8 @@ import tomllib
 from pathlib import Path
 
 MAY_IMPORT_RAY = {
-    "prepare", "train", "evaluate", "sweep", "serve", "replica", "deploy", "runtime", "pool",
+    "prepare", "train", "evaluate", "sweep", "serve", "replica", "deploy", "proxy", "runtime",
+    "pool",
 }  # fmt: skip
 
 
