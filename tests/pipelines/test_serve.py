@@ -198,6 +198,7 @@ def check_metrics(images: int, earlier: set[str]) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_started_server_draws_for_the_openai_client(
     artifact: Path,
     ray_cluster: None,
@@ -287,6 +288,7 @@ def test_a_started_server_draws_for_the_openai_client(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ten_changes_of_artifact_under_load_lose_no_request(
     artifact: Path, tmp_path: Path, ray_cluster: None
 ):
