@@ -56,20 +56,6 @@ def _unit(words: Tensor) -> Tensor:
     return (words.double().add_(0.5) * 2.0**-32).float()
 
 
-def uniform(seed: int | Tensor, index: Tensor, stream: str) -> Tensor:
-    """One uniform number in (0, 1] for each index.
-
-    Args:
-        seed: one seed, or one for each index, int64 [B].
-        index: addresses, int64 [B]; the result lives on their device.
-        stream: what the number is for; streams are independent.
-
-    Returns:
-        float32 [B].
-    """
-    return _unit(_words(seed, index, 1, stream)[:, 0])
-
-
 def words(seed: int | Tensor, index: Tensor, stream: str) -> Tensor:
     """One 32-bit word for each index, to make more of with `derive`.
 
@@ -82,6 +68,20 @@ def words(seed: int | Tensor, index: Tensor, stream: str) -> Tensor:
         int64 [B].
     """
     return _words(seed, index, 1, stream)[:, 0]
+
+
+def uniform(seed: int | Tensor, index: Tensor, stream: str) -> Tensor:
+    """One uniform number in (0, 1] for each index.
+
+    Args:
+        seed: one seed, or one for each index, int64 [B].
+        index: addresses, int64 [B]; the result lives on their device.
+        stream: what the number is for; streams are independent.
+
+    Returns:
+        float32 [B].
+    """
+    return _unit(words(seed, index, stream))
 
 
 def derive(words: Tensor, number: int | Tensor) -> Tensor:

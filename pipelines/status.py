@@ -100,7 +100,9 @@ def _run(uri: str) -> list[str]:
     total = config["total_images"]
     lines = [f"run folder: {seen:,} of {total:,} images ({seen / total:.0%})"]
     if steps:
-        shown = {name: steps[-1].get(name) for name in ("epoch", "loss", "lr", "images_per_s")}
+        shown = {
+            name: steps[-1].get(name) for name in ("epoch", "loss", "learning_rate", "images_per_s")
+        }
         lines.append("  " + "   ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None))
     latest = _json(uri, "latest.json")
     if latest:
@@ -146,13 +148,12 @@ def _evaluation(uri: str) -> list[str]:
             f"cells; winner {winner['cell']} at {winner['num_images']:,} images",
             f"  {headline(winner['metrics'])}",
         ]
+    plan = _json(uri, "plan.json")["plan"]
     if report is not None:
-        plan = _json(uri, "plan.json")["plan"]
         return [
             f"evaluation folder, finished: {plan['num_images']:,} images",
             f"  {headline(report['metrics'])}",
         ]
-    plan = _json(uri, "plan.json")["plan"]
     if "num_images" not in plan:
         return ["sweep, not finished: no cell begun"]
     chunks = -(-plan["num_images"] // (plan["batch"] * plan["chunk_batches"]))

@@ -661,16 +661,21 @@ def test_a_damaged_image_ends_a_reference_with_its_row_and_what_was_extracted_is
     assert len(list(Path(f"{output}.pieces").glob("*.npz"))) == 2
 
 
+def reference_command(dataset: Path, output: Path, short_tmp: Path) -> list[str]:
+    """A driver with a cluster of its own that makes a reference with one worker."""
+    return [
+        sys.executable, "-c", DRIVER, str(short_tmp), "reference", str(dataset), "--output",
+        str(output), "--workers", "1",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_reference_survives_its_workers(
     dataset: Path, reference: Path, tmp_path: Path, short_tmp: Path
 ):
     output = tmp_path / "killed.npz"
-    command = [
-        sys.executable, "-c", DRIVER, str(short_tmp), "reference", str(dataset), "--output",
-        str(output), "--workers", "1",
-    ]  # fmt: skip
+    command = reference_command(dataset, output, short_tmp)
 
     def line(pid: str) -> str:
         try:
@@ -703,10 +708,7 @@ def test_a_reference_that_is_killed_goes_on_and_ends_as_the_same_file(
     dataset: Path, reference: Path, tmp_path: Path, short_tmp: Path
 ):
     output = tmp_path / "killed.npz"
-    command = [
-        sys.executable, "-c", DRIVER, str(short_tmp), "reference", str(dataset), "--output",
-        str(output), "--workers", "1",
-    ]  # fmt: skip
+    command = reference_command(dataset, output, short_tmp)
     pieces = Path(f"{output}.pieces")
 
     with subprocess.Popen(command, stderr=subprocess.PIPE) as first:

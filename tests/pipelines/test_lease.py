@@ -67,9 +67,10 @@ def test_of_many_at_once_one_wins(folder: str) -> None:
 
 
 def test_a_writer_of_this_machine_that_was_killed_is_replaced_at_once(folder: str) -> None:
-    text = "import sys, time\nfrom pipelines import lease\n"
-    text += "with lease.claim(sys.argv[1]):\n    print('at work', flush=True)\n    time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", text, folder], stdout=subprocess.PIPE)
+    text = "import sys\nfrom pipelines import lease\n"
+    text += "with lease.claim(sys.argv[1]):\n    print('at work', flush=True)\n    sys.stdin.read()"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", text, folder], stdin=pipe, stdout=pipe)
     assert process.stdout is not None
     assert process.stdout.readline() == b"at work\n"
     with pytest.raises(PermissionError, match=f"process {process.pid} "), lease.claim(folder):

@@ -30,6 +30,8 @@ def test_a_run_that_was_cut_off_says_how_far_it_came_and_where_it_goes_on(half: 
 
     assert first == "run folder: 80 of 160 images (50%)"
     assert "  newest checkpoint: checkpoints/step_00000004 (64 images)" in rest
+    for name in ("epoch ", "loss ", "learning_rate ", "images_per_s "):
+        assert name in rest[0]
     assert describe(f"{half}/checkpoints/step_00000004") == [
         "checkpoint: 64 images seen, EMAs 0.5, 0.9"
     ]
