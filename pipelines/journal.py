@@ -26,6 +26,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines import storage
+from pipelines.checkpoints import CONFIG
 from pipelines.config import TrainConfig
 from pipelines.trackers import open_trackers
 
@@ -54,7 +55,7 @@ class Journal:
             self.folder = Path(self._temporary.name)
         assert self.folder is not None
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        storage.write_bytes(storage.join(run, "config.yaml"), text.encode())
+        storage.write_bytes(storage.join(run, CONFIG), text.encode())
 
         self.metrics = self.folder / METRICS
         storage.write_bytes(str(self.metrics), b"".join(kept_lines(run, images_seen)))
