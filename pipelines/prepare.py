@@ -111,7 +111,8 @@ def run(config: PrepareConfig) -> None:
         # ImageNet's tar has a million headers: on S3 its name is enough for what is finished.
         if cheap or (done and not (remote and _is_made_from(config, folders))):
             sources.write_index(source, index)
-            refuse_another(output, folders, describe(config, source, index))
+            job = describe(config, source, index)
+            refuse_another(output, folders, job)
         if done:
             storage.delete(storage.join(output, WORK))
             logger.info("%s is finished already", output)
@@ -122,7 +123,7 @@ def run(config: PrepareConfig) -> None:
             if not is_finished(folders):
                 if not cheap:
                     list_tars(output, source, index)
-                job = describe(config, source, index)
+                    job = describe(config, source, index)
                 begin(output, folders, job, index)
                 classes = classes_of(source, Index(index))
                 write_shards(folders, source.root, classes, job, config, held)
