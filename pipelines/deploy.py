@@ -32,6 +32,7 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from pipelines.config import DeployConfig, ServeConfig
+from pipelines.guard import is_loopback
 from pipelines.replica import Server, Wanted, opened
 from pipelines.serve import (
     APP,
@@ -39,7 +40,6 @@ from pipelines.serve import (
     PROXY_CALLBACK,
     check,
     http_options,
-    is_loopback,
     options,
 )
 

@@ -6,7 +6,8 @@ object, 401 a missing or wrong key, 404 an unknown route or model, 408 a body th
 (`param` names it), 429 with Retry-After a full queue or a key's share, 503 a failure of the engine,
 504 a passed deadline.
 POST needs `Content-Type: application/json`, and a link is not followed for a page of another
-origin (403), so that no such page can make a browser spend the server's time.
+origin (403), so that no such page can make a browser spend the server's time; without keys, 403
+too for a request whose Host is not this machine's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import logging
 import math
 import os
@@ -22,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -88,6 +91,8 @@ def digest_of(key: bytes) -> str:
 class Guard:
     """Lets only requests with a key through, apart from those for health.
 
+    Where there are no keys, only requests that were sent to this machine by its own names.
+
     A key comes as a bearer token, or as the password of HTTP Basic, which is what a browser asks
     for when it opens the page.
     """
@@ -98,10 +103,22 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        is_open = scope["type"] != "http" or scope["path"] in OPEN_ROUTES
-        if is_open or not (keys := self.keys()):
+        if scope["type"] != "http" or scope["path"] in OPEN_ROUTES:
             return await self.app(scope, receive, send)
-        record, given = record_of(scope), digest_of(key_of(Headers(scope=scope)))
+        record, headers = record_of(scope), Headers(scope=scope)
+        if not (keys := self.keys()):
+            host = headers.get("host", "localhost")
+            if names_this_machine(host):
+                return await self.app(scope, receive, send)
+            error = ApiError(
+                403,
+                f"the host {host[:100]!r} is not this machine, and a server without keys is for "
+                f"it alone: ask for localhost, or start the server with {KEY_VARIABLE}",
+                code="foreign_host",
+            )
+            record.code = error.detail.code
+            return await error.response()(scope, receive, send)
+        given = digest_of(key_of(headers))
         # all are compared, each in constant time
         known = [key for key in keys if hmac.compare_digest(given, key.sha256)]
         if not known:
@@ -134,6 +151,26 @@ class Guard:
         finally:
             self.in_work[given] -= 1
             self.in_work += Counter()  # drops what is zero
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether a Host header, `NAME[:PORT]`, names the loopback interface.
+
+    A page whose own name was made to lead here (DNS rebinding) sends that name.
+    """
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return False
+    return is_loopback(name or "")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def key_of(headers: Headers) -> bytes:

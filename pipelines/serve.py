@@ -22,7 +22,6 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
     raise SystemExit(main(["serve", *sys.argv[1:]]))
 
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -44,7 +43,7 @@ from pipelines.api import GRACE_S
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig, require
 from pipelines.engine import Engine
-from pipelines.guard import KEY_VARIABLE, read_keys
+from pipelines.guard import KEY_VARIABLE, is_loopback, read_keys
 from pipelines.replica import Server, opened, try_out
 
 logger = logging.getLogger(__name__)
@@ -259,14 +258,6 @@ def bound_port(host: str, port: int) -> int:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind((host, port))
         return int(s.getsockname()[1])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def url_of(config: ServeConfig) -> str:

@@ -58,6 +58,7 @@ from pipelines.evaluation import (
 )
 from pipelines.features import Identity, get_extractor, portable_weights
 from pipelines.grid import Cell, Line, all_cells, make_lines, most_cells, next_cells, short
+from pipelines.meter import duration
 from pipelines.models import Source, find_models
 from pipelines.pool import Pool, Progress, fleet
 from pipelines.reference import Reference, check_match, read_reference
@@ -321,14 +322,6 @@ def time_lines(sweep: Sweep) -> list[str]:
         f"being there already (measured on {speed.device}: {1e3 * speed.evaluation:.3g} ms a "
         f"network evaluation, {1e3 * speed.features:.3g} ms to judge an image)"
     ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that people use."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def stored_sweep(output: str) -> dict[str, Any] | None:

@@ -8,12 +8,15 @@ told again, with the same numbers.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 from pipelines import storage
 from pipelines.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 FILE = "trackers.json"
 """In the run folder: tracker -> id of the run in it."""
@@ -100,13 +103,15 @@ def check_installed(config: TrainConfig) -> None:
 def open_trackers(run: str, config: TrainConfig, folder: str) -> list[Tracker]:
     """Begin or continue a run in every tracker of the config.
 
+    A run that goes on goes on without a tracker that cannot be reached, with a warning.
+
     Args:
         run: URI of the run folder, which holds the ids.
         config: of the run.
         folder: local folder for their own files.
 
     Raises:
-        ValueError: a tracker's package is not installed.
+        ValueError: a tracker's package is not installed, or it cannot be reached to begin a run.
     """
     if not config.trackers:
         return []
@@ -115,8 +120,17 @@ def open_trackers(run: str, config: TrainConfig, folder: str) -> list[Tracker]:
     check_installed(config)
     opened: list[Tracker] = []
     for name in config.trackers:
-        tracker = KINDS[name](config, ids.get(name), folder)
-        ids[name] = tracker.id
+        try:
+            tracker = KINDS[name](config, ids.get(name), folder)
+        except Exception as error:  # trackers raise whatever their networks lead them to
+            if name not in ids:
+                raise ValueError(
+                    f"--trackers {name} could not begin a run: {error}. Training did not start"
+                ) from error
+            logger.warning("%s cannot be reached, training goes on without it: %s", name, error)
+            continue
         opened.append(tracker)
-    storage.write_json(uri, ids)
+        if name not in ids:
+            ids[name] = tracker.id
+            storage.write_json(uri, ids)
     return opened

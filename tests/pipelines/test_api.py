@@ -85,9 +85,14 @@ def service(artifact: Path) -> Iterator[Service]:
         yield service
 
 
+def client_of(service: Service, host: str = "localhost") -> TestClient:
+    app = create_app(Live(service))
+    return TestClient(app, f"http://{host}", raise_server_exceptions=False)
+
+
 @pytest.fixture(scope="module")
 def client(service: Service) -> TestClient:
-    return TestClient(create_app(Live(service)), raise_server_exceptions=False)
+    return client_of(service)
 
 
 @contextlib.contextmanager
@@ -198,7 +203,7 @@ def test_a_link_leads_to_the_image_also_when_the_server_kept_nothing(
 
     assert "b64_json" not in linked["data"][0]
     assert [image["seed"] for image in linked["data"]] == [7, 7]
-    forgetful = TestClient(create_app(Live(service)))  # the same weights in another process
+    forgetful = client_of(service)  # the same weights in another process
     for image, expected in zip(linked["data"], whole, strict=True):
         kept, again = client.get(image["url"]), forgetful.get(image["url"])
         assert np.array_equal(
@@ -240,7 +245,7 @@ def test_no_more_bytes_are_kept_for_links_than_the_limit(monkeypatch: pytest.Mon
 
 def test_a_server_that_resizes_makes_squares_of_the_size_that_was_asked_for(artifact: Path):
     with served(artifact, resize=True) as service:
-        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        client = client_of(service)
         for size, side in (("64x64", 64), ("4x4", 4), ("8x8", 8), ("auto", 8)):
             answer = client.post(PATH, json={"prompt": "0", "size": size, "seed": 1}).json()
             assert pixels_of(answer["data"][0]["b64_json"]).shape == (side, side, 3)
@@ -443,7 +448,7 @@ def test_a_client_that_leaves_frees_its_slots(url: str, service: Service):
 
 def test_a_full_queue_answers_429_and_a_late_image_504(artifact: Path):
     with served(artifact, max_queue=4, timeout_s=0.5, max_steps=10_000) as service:
-        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        client = client_of(service)
         answers: list[httpx.Response] = []
         long = {"prompt": "tench", "n": 8, "num_inference_steps": 10_000}
 
@@ -466,7 +471,7 @@ def test_a_full_queue_answers_429_and_a_late_image_504(artifact: Path):
 
 def test_a_server_of_fewer_steps_than_the_artifacts_draws_with_what_it_allows(artifact: Path):
     with served(artifact, max_steps=3) as service:  # the artifact recommends 4
-        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        client = client_of(service)
 
         assert client.post(PATH, json={"prompt": "0"}).json()["sampler"]["steps"] == 3
         asked = client.post(PATH, json={"prompt": "0", "num_inference_steps": 4})
@@ -478,7 +483,7 @@ def test_a_failing_network_answers_503_and_shows_in_health(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with served(artifact) as service:
-        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        client = client_of(service)
 
         def broken(*_: Any) -> None:
             raise RuntimeError("device lost")
@@ -492,7 +497,7 @@ def test_a_failing_network_answers_503_and_shows_in_health(
 
 
 def test_a_mistake_of_ours_shows_no_traceback(service: Service, monkeypatch: pytest.MonkeyPatch):
-    client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+    client = client_of(service)
 
     def mistake(*_: Any) -> None:
         raise KeyError("secret detail")
@@ -510,7 +515,7 @@ def test_a_key_may_have_only_so_many_requests_in_work(artifact: Path):
         served(artifact, keys=KEYS, max_steps=10_000) as service,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
-        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        client = client_of(service)
         long = {"prompt": "tench", "num_inference_steps": 500}
 
         def post(key: str, asked: dict[str, Any]) -> httpx.Response:
@@ -593,7 +598,7 @@ def test_every_request_leaves_one_line_of_json_without_key_or_prompt(
 
 def test_with_keys_every_route_but_health_needs_one(artifact: Path):
     with served(artifact, keys=KEYS) as service:
-        client = TestClient(create_app(Live(service)), raise_server_exceptions=False)
+        client = client_of(service)
 
         def status(path: str, header: str | bytes | None) -> int:
             return client.get(path, headers={"Authorization": header} if header else {}).status_code
@@ -617,6 +622,21 @@ def test_with_keys_every_route_but_health_needs_one(artifact: Path):
         assert client.post(PATH, content=b"x" * 10**6).status_code == 401
 
 
+def test_a_server_without_keys_answers_to_this_machines_own_names_alone(artifact: Path):
+    """A page whose name was made to lead to loopback sends that name as the host."""
+    with served(artifact) as service:
+        for host in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+            assert client_of(service, host).get("/v1/models").status_code == 200
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "10.1.2.3"):
+            answer = client_of(service, host).post(PATH, json={"prompt": "tench"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_host")
+            assert client_of(service, host).get("/readyz").status_code == 200
+    with served(artifact, keys=KEYS) as service:
+        header = {"Authorization": f"Bearer {KEYS[0]}"}
+        client = client_of(service, "images.example")
+        assert client.get("/v1/models", headers=header).status_code == 200
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("keys", [(), KEYS], ids=["open", "keyed"])
 def test_the_api_keeps_what_its_document_promises(artifact: Path, keys: tuple[str, ...]):
@@ -631,7 +651,7 @@ def test_the_api_keeps_what_its_document_promises(artifact: Path, keys: tuple[st
         status_code_conformance,
     )
 
-    header = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    header = {"Authorization": f"Bearer {keys[0]}"} if keys else {"Host": "localhost"}
     checks = [
         ignored_auth,  # what the document says needs a key is closed without
         not_a_server_error,

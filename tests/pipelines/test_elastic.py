@@ -81,14 +81,15 @@ training = threading.Thread(target=run, daemon=True)
 training.start()
 until("training has begun", lambda: seen() >= 64)
 for event in events:
-    if event == "lose":
+    event, *numbers = event.split(":")
+    if event == "lose":  # the newest node; so many workers are left
         cluster.remove_node(nodes.pop(), allow_graceful=False)
-        before = seen()
-        until("it goes on with two workers", lambda: latest_world() == 2 and seen() > before + 32)
-    elif event == "gain":
-        nodes.append(cluster.add_node(num_cpus=2))
-        before = seen()
-        until("it has grown to four workers", lambda: latest_world() == 4 and seen() > before + 32)
+        world, before = int(numbers[0]), seen()
+        until(f"it is down to {world}", lambda: latest_world() == world and seen() > before + 32)
+    elif event == "gain":  # a node of so many CPUs; to so many workers
+        nodes.append(cluster.add_node(num_cpus=int(numbers[0])))
+        world, before = int(numbers[1]), seen()
+        until(f"it is up to {world}", lambda: latest_world() == world and seen() > before + 32)
     elif event == "cut":
         subprocess.run(os.environ["STORY_CUT"].split(), check=True)
         before = seen()
@@ -128,7 +129,7 @@ def tell(
             env=os.environ | {"RAY_TMPDIR": folder} | environment,
             capture_output=True,
             text=True,
-            timeout=580,
+            timeout=880,
             check=False,
         )
     finally:
@@ -166,20 +167,31 @@ def batches_were_those_of_an_unbroken_run(data: Path, config) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tiny_dataset, tmp_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("workers", "steps", "events"),
+    [
+        ("2:4", 200, ["lose:2", "gain:2:4"]),
+        ("2:8", 500, ["gain:4:8", "lose:4", "lose:2"]),
+    ],
+)
+def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
+    workers: str, steps: int, events: list[str], tiny_dataset, tmp_path
+):
+    """It begins on two nodes of two CPUs."""
     config = config_for(
-        tiny_dataset, tmp_path, workers="2:4", total_images=16 * 200, checkpoint_every_images=64,
-        resize_every_s=2, max_failures=5, micro_batch=16,
+        tiny_dataset, tmp_path, workers=workers, total_images=16 * steps,
+        checkpoint_every_images=64, resize_every_s=2, max_failures=5, micro_batch=16,
+        loader={"lanes": 8, "window": 2},
     )  # fmt: skip
 
-    story, answer = tell(["lose", "gain"], config)
+    story, answer = tell(events, config)
 
-    assert len(story) == 3, story
-    assert answer["images_seen"] == 16 * 200
+    assert len(story) == 1 + len(events), story
+    assert answer["images_seen"] == 16 * steps
     found = checkpoints.newest(str(tmp_path / "run"))
     assert found is not None
-    assert found.meta.images_seen == 16 * 200
+    assert found.meta.images_seen == 16 * steps
     batches_were_those_of_an_unbroken_run(tiny_dataset, config)
 
 

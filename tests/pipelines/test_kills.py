@@ -1,58 +1,90 @@
-"""The demo's model and images, killed at random ten times: the same images in the end."""
+"""`jit train demo`, two workers, killed at random ten times: the same images in the end."""
 
 import hashlib
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from jitmodel.pixels import to_pixels
 from jitmodel.sampler import sample, start_noise
 from pipelines import checkpoints, storage
-from pipelines.config import TrainConfig, load_preset
-from pipelines.models import find_model, load_model
-
-FIT = """
-import sys
 from pipelines.config import TrainConfig
-from pipelines.fit import LocalContext, fit
-result = fit(TrainConfig.model_validate_json(sys.argv[1]), LocalContext())
-print("ENDED", result.images_seen)
-"""
+from pipelines.models import find_model, load_model
+from tests.processes import descendants
+
+WORKER = "ray::RayTrainWorker"
 
 
-def start(config: TrainConfig) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", FIT, config.model_dump_json()],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+class Run:
+    """A run of the demo's model, by the command line."""
+
+    def __init__(self, data: Path, store: Path, name: str, ray_folder: Path) -> None:
+        self.folder, self.log = store / name, store / f"{name}.log"
+        self.environment = os.environ | {"RAY_TMPDIR": str(ray_folder)}
+        self.command = [
+            str(Path(sys.executable).parent / "jit"), "train", "demo", "--data", str(data),
+            "--storage", str(store), "--name", name, "--workers", "2", "--total-images", "6400",
+            "--checkpoint-every-images", "256", "--grid-every-images", "6400",
+        ]  # fmt: skip
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
+
+    def finish(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.wait(600) == 0, self.log.read_text()[-4000:]
+
+    def newest_step(self) -> int:
+        return max(checkpoints.complete(str(self.folder)), default=0)
+
+    def wait_for_a_checkpoint(self, process: subprocess.Popen[bytes]) -> None:
+        before, began = self.newest_step(), time.monotonic()
+        while self.newest_step() == before:
+            assert process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() - began < 300, "no checkpoint within five minutes"
+            time.sleep(0.02)
 
 
-def newest_step(config: TrainConfig) -> int:
-    return max(checkpoints.complete(storage.join(config.storage, config.name)), default=0)
+def kill_worker(process: subprocess.Popen[bytes], rng: random.Random) -> None:
+    """One of the two; Ray Train starts both again."""
+    workers = sorted(descendants(process.pid, WORKER))
+    assert len(workers) == 2, descendants(process.pid)
+    os.kill(rng.choice(workers), signal.SIGKILL)
 
 
-def kill_somewhere(config: TrainConfig, process: subprocess.Popen, rng: random.Random) -> None:
-    """SIGKILL, some time after the process has stored a checkpoint of its own."""
-    before, began = newest_step(config), time.monotonic()
-    while newest_step(config) == before:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() - began < 300, "no checkpoint within five minutes"
-        time.sleep(0.02)
-    time.sleep(rng.uniform(0, 1.5))  # in a step, or in the next save
+def kill_command(process: subprocess.Popen[bytes]) -> None:
+    """The command alone; its Ray cluster and its workers go by themselves."""
+    left = descendants(process.pid)
     process.kill()
+    process.wait()
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in left):
+        assert time.monotonic() < until, "what the command started is still there"
+        time.sleep(0.1)
+
+
+def kill_machine(process: subprocess.Popen[bytes]) -> None:
+    """The command, its Ray cluster and its workers."""
+    for pid in (process.pid, *descendants(process.pid)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def drawn(config: TrainConfig) -> tuple[str, str]:
+def drawn(run: Run) -> tuple[str, str]:
     """Digests of the grid that training drew, and of images of the best-known EMA."""
-    run = Path(config.storage, config.name)
-    grid = run / f"samples/images_{config.total_images:010d}.png"
-    model = load_model(find_model(str(run), config.grid_ema))
+    config = TrainConfig.model_validate(yaml.safe_load((run.folder / "config.yaml").read_text()))
+    grid = run.folder / "samples/images_0000006400.png"
+    model = load_model(find_model(str(run.folder), config.grid_ema))
     y = torch.arange(10)
     e = start_noise(model.flow, model.config, 7, torch.arange(10))
     pixels = to_pixels(sample(model, y, e, config.sampler))
@@ -61,33 +93,31 @@ def drawn(config: TrainConfig) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_the_demo_killed_at_random_ten_times_draws_the_same_images(demo_images, tmp_path):
-    preset = load_preset("train", "demo", TrainConfig)
-    whole = preset.model_copy(
-        update={
-            "data": str(demo_images),
-            "storage": str(tmp_path),
-            "name": "whole",
-            "workers": "1",
-            "total_images": 6400,
-            "checkpoint_every_images": 256,
-            "grid_every_images": 6400,
-        }
-    )
-    broken = whole.model_copy(update={"name": "broken"})
-    rng = random.Random(0)
+@pytest.mark.timeout(1800)
+def test_the_demo_killed_at_random_ten_times_draws_the_same_images(
+    demo_images, tmp_path, short_tmp
+):
+    whole, broken = (Run(demo_images, tmp_path, name, short_tmp) for name in ("whole", "broken"))
+    whole.finish(whole.start())
 
-    unbroken = start(whole)
-    assert "ENDED 6400" in unbroken.communicate(timeout=600)[0]
-    for _ in range(10):
-        kill_somewhere(broken, start(broken), rng)
-    assert newest_step(broken) < 100, "the run ended before it was killed ten times"
-    assert "ENDED 6400" in start(broken).communicate(timeout=600)[0]
+    rng = random.Random(0)
+    kills = ["worker"] * 4 + ["command"] * 3 + ["machine"] * 3
+    rng.shuffle(kills)
+    process = broken.start()
+    for kill in kills:
+        broken.wait_for_a_checkpoint(process)
+        time.sleep(rng.uniform(0, 1.5))  # in a step, or in the next save
+        assert process.poll() is None, "the run ended before it was killed ten times"
+        if kill == "worker":
+            kill_worker(process, rng)
+            continue
+        (kill_command if kill == "command" else kill_machine)(process)
+        process = broken.start()
+    broken.finish(process)
 
     assert drawn(broken) == drawn(whole)
     there, here = (
-        checkpoints.read(storage.join(str(tmp_path), name, "checkpoints/step_00000100"), "")
-        for name in ("whole", "broken")
+        checkpoints.read(storage.join(str(run.folder), "checkpoints/step_00000100"), "")
+        for run in (whole, broken)
     )
     assert all(torch.equal(here[name], tensor) for name, tensor in there.items())

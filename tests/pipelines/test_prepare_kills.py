@@ -22,6 +22,7 @@ import ray
 from PIL import Image
 
 from pipelines import storage
+from tests.processes import descendants
 
 NUM_FILES = 8 + 4  # shards, manifest, rejects, card and sheet
 
@@ -108,28 +109,6 @@ def _wait_for_changes(process: subprocess.Popen[bytes], output: str, pick: rando
     return process.poll() is None
 
 
-def _descendants(pid: int) -> dict[int, str]:
-    """Processes below one, with their command lines."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found: dict[int, str] = {}
-    todo = [pid]
-    while todo:
-        for child in children.get(todo.pop(), []):
-            try:
-                found[child] = (Path("/proc") / str(child) / "cmdline").read_text()
-            except OSError:
-                continue
-            todo.append(child)
-    return found
-
-
 def _again(process: subprocess.Popen[bytes], output: str) -> None:
     """The command ended before its moment came: make room for another try."""
     assert process.wait() == 0, _said(process)
@@ -159,11 +138,11 @@ def _kill_drivers(source: Path | str, output: str, kills: int, seed: int) -> Non
 def _kill_workers(source: Path | str, output: str, kills: int, seed: int) -> None:
     """Start the command, kill so many workers that write its shards, and let it end."""
     pick = random.Random(seed)
-    before = set(_descendants(os.getpid()))
+    before = set(descendants(os.getpid()))
     while kills:
         process = _start([*_command(source, output), "--workers", "2"], _environment())
         while kills and _wait_for_changes(process, output, pick):
-            new = {p: c for p, c in _descendants(os.getpid()).items() if p not in before}
+            new = {p: c for p, c in descendants(os.getpid()).items() if p not in before}
             writing = [p for p, c in new.items() if c.startswith("ray::") and "IDLE" not in c]
             if writing:
                 os.kill(pick.choice(writing), signal.SIGKILL)
@@ -179,7 +158,7 @@ def _kill_nodes(source: Path | str, output: str, kills: int, seed: int) -> None:
     while kills:
         process = _start(_command(source, output), dict(os.environ))
         if _wait_for_changes(process, output, pick):
-            for pid in (process.pid, *_descendants(process.pid)):
+            for pid in (process.pid, *descendants(process.pid)):
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:

@@ -54,7 +54,7 @@ def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_p
         app = server.__serve_build_asgi_app__()
         await server.reconfigure({"model": str(tmp_path / "a")})
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
 
             async def draw(**asked: Any) -> str:
                 body = {"prompt": "0", **asked}
@@ -107,7 +107,7 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
             ({"model": str(tmp_path / "good"), "weights_sha256": "f" * 64}, "it was replaced"),
         ]
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             for wish, reason in refused:
                 await server.reconfigure(wish)
                 await settled(server)
@@ -179,7 +179,7 @@ def test_a_compiled_replica_compiles_nothing_once_it_is_ready(tmp_path: Path):
         compiled = counters["stats"]["unique_graphs"]
         assert compiled == 4, "two kinds of blocks, for 2 rows and for 1"
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
 
             async def draw(**asked: Any) -> dict[str, Any]:
                 body = {"class_labels": 0, "seed": 1, **asked}

@@ -35,6 +35,7 @@ from jitmodel.sampler import sample, start_noise
 from pipelines import serve
 from pipelines.cli import main
 from pipelines.config import ServeConfig
+from pipelines.guard import is_loopback
 
 MODEL = ModelConfig(
     image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
@@ -145,7 +146,7 @@ def test_a_port_in_use_and_a_request_that_never_fits_are_refused(
 
 def test_loopback_is_recognised():
     hosts = ["127.0.0.1", "127.0.1.5", "localhost", "::1", "0.0.0.0", "::", "192.0.2.1", "example"]
-    assert [serve.is_loopback(host) for host in hosts] == [True] * 4 + [False] * 4
+    assert [is_loopback(host) for host in hosts] == [True] * 4 + [False] * 4
     assert serve.url_of(ServeConfig(host="::1", port=80)) == "http://[::1]:80"
 
 

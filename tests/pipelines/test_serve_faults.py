@@ -35,6 +35,7 @@ from pipelines.api import Live, Service, create_app
 from pipelines.config import ServeConfig
 from pipelines.engine import Engine
 from pipelines.front import Front
+from tests.processes import descendants
 
 PATH = "/v1/images/generations"
 MODEL = ModelConfig(
@@ -208,22 +209,6 @@ def ready(url: str) -> bool:
         return False
 
 
-def descendants(pid: int, name: str) -> list[int]:
-    """Processes that `pid` started, directly or not, by the name that Ray gives them."""
-    parents, found = {}, []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            status = (folder / "status").read_text()
-            parents[int(folder.name)] = int(re.search(r"PPid:\s*(\d+)", status)[1])
-            if name in (folder / "cmdline").read_text():
-                found.append(int(folder.name))
-
-    def ours(child: int) -> bool:
-        return child == pid or (child in parents and ours(parents[child]))
-
-    return [child for child in found if ours(child)]
-
-
 @pytest.mark.slow
 def test_a_replica_killed_under_load_costs_at_most_a_clear_503(artifact: Path, tmp_path: Path):
     log = tmp_path / "log"
@@ -273,7 +258,8 @@ def test_memory_is_flat_at_ten_times_capacity_through_ray(artifact: Path, tmp_pa
         seen = asyncio.run(flood(url, 1000, 0.032, asked))  # fills slots and queue, no more
         served = sum(s.status == 200 for s in seen)
         rate = min(10 * served / (time.monotonic() - began), 120)
-        processes = descendants(pid, "ServeReplica:jit:server") + descendants(pid, "ProxyActor")
+        names = "ServeReplica:jit:server", "ProxyActor"
+        processes = [found for name in names for found in descendants(pid, name)]
         assert len(processes) == 2
 
         asyncio.run(flood(url, rate, 5, asked))

@@ -71,3 +71,23 @@ def test_a_tracker_that_fails_does_not_stop_training(tiny_dataset, tmp_path, mon
 
     assert fit(config, Lost()).images_seen == 64
     assert "metrics could not be stored or sent, training goes on" in caplog.text
+
+
+def test_a_tracker_that_is_not_there_stops_a_new_run_and_not_one_that_goes_on(
+    tiny_dataset, tmp_path, monkeypatch, caplog, free_port
+):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    nowhere = f"http://127.0.0.1:{free_port}"
+    config = config_for(tiny_dataset, tmp_path, trackers=("mlflow",), total_images=64)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
+    with pytest.raises(ValueError, match=r"--trackers mlflow could not begin a run: .*did not"):
+        fit(config, LocalContext())
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    fit(config.model_copy(update={"total_images": 32}), LocalContext())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
+    assert fit(config, LocalContext()).images_seen == 64
+    assert "mlflow cannot be reached, training goes on without it" in caplog.text
