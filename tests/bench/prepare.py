@@ -8,6 +8,7 @@ for a while: ImageNet's tar in its real size, all holes but the headers.
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import resource
 import shutil
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from pipelines.index import Index
 PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "imagenet-sample"
 WORKERS = 2
 ROUNDS = 3
+PASSES = 5  # over the photographs, for a bare loop
 COPIES = {256: 120, 512: 60}  # of the photographs, for the steady state: 24 and 12 full shards
 REFERENCES = (1_000, 10_000, 100_000)
 INNER_TARS, MEMBERS, MEMBER_BYTES = 1_000, 1_281, 110_000
@@ -112,12 +115,19 @@ def encodings() -> dict:
 
 def bare_loop(size: int, encoding: str) -> float:
     """Images a second of one process that does nothing else."""
-    loaded = sorted(PHOTOGRAPHS.glob("*.JPEG"))
+    loaded = PASSES * sorted(PHOTOGRAPHS.glob("*.JPEG"))
     started = time.perf_counter()
     for file in loaded:
         crop = images.adm_crop(images.decode(file.read_bytes()), size)
         images.encode(np.asarray(crop), encoding)
     return len(loaded) / (time.perf_counter() - started)
+
+
+def bare_loops(count: int, size: int, encoding: str) -> float:
+    """Images a second of so many bare loops side by side."""
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(bare_loop, [8] * count, ["raw"] * count))  # all that is imported late
+        return sum(pool.map(bare_loop, [size] * count, [encoding] * count))
 
 
 DRIVER = """
@@ -176,7 +186,7 @@ def _ancestors(folder: Path) -> Iterator[str]:
 
 
 def tree_of(folder: Path, copies: int) -> Path:
-    """The photographs, several times, by hard links or copies."""
+    """The photographs, several times, by links."""
     for copy in range(copies):
         for file in PHOTOGRAPHS.glob("*.JPEG"):
             place = folder / file.name.partition("_")[0] / f"{copy}.JPEG"
@@ -192,10 +202,11 @@ def efficiency() -> dict:
         folder = Path(name)
         trees = {size: tree_of(folder / f"tree{size}", copies) for size, copies in COPIES.items()}
         for size, encoding in ((256, "webp"), (512, "webp"), (256, "png")):
-            before = bare_loop(size, encoding)
+            before = [bare_loops(count, size, encoding) for count in (1, WORKERS)]
             measured = prepared(trees[size], folder / "out", image_size=size, encoding=encoding)
             shutil.rmtree(folder / "out")
-            bare = statistics.mean([before, bare_loop(size, encoding)])
+            after = [bare_loops(count, size, encoding) for count in (1, WORKERS)]
+            bare, bares = (statistics.mean(pair) for pair in zip(before, after, strict=True))
             noted = measured["noted"]
             (t0, n0), (t1, n1) = noted[3], noted[-3]  # the workers end their shards side by side
             steady = (n1 - n0) / (t1 - t0)
@@ -205,6 +216,7 @@ def efficiency() -> dict:
                     "bare loop, images/s": round(bare),
                     "two workers, images/s": round(steady),
                     "times": round(steady / bare, 2),
+                    "two bare loops, times": round(bares / bare, 2),
                     "start-up and end, s": round(measured["total"] - noted[-1][1] / steady, 1),
                     "worker MB": round(measured["worker MB"]),
                 }
