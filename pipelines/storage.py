@@ -48,6 +48,8 @@ ATTEMPTS = 30
 DEADLINE_S = 180.0
 """How long a store may fail a request until we give up."""
 DELETIONS = 16
+PART_BYTES, PARTS_AT_ONCE, MOST_PARTS = 64 * 2**20, 4, 10_000
+"""Of a file that is sent in parts."""
 """Objects that are deleted at once."""
 NAMES = 2**16
 """Names of files that are handed out at once, of those that were sorted."""
@@ -338,7 +340,7 @@ def staged(uri: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="jit-") as folder:
             path = Path(folder) / "file"
             yield path
-            _send(uri, lambda: _put(uri, path))
+            _upload(path, uri)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
@@ -506,6 +508,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("JIT_CACHE") or Path.home() / ".cache" / "jit-on-ray")
 
 
+def copy(uri: str, target: str) -> None:
+    """Copy an object to another place on S3, in the store."""
+    from boto3.s3.transfer import TransferConfig
+
+    source, there = (
+        dict(zip(("Bucket", "Key"), _bucket_key(u), strict=True)) for u in (uri, target)
+    )
+    in_parts = TransferConfig(multipart_threshold=4 * 2**30, multipart_chunksize=2**30)
+    _send(uri, lambda: _client().copy(source, **there, Config=in_parts))
+
+
 def copy_in(path: Path, uri: str) -> None:
     """Copy a local file to a URI."""
     with staged(uri) as temporary:
@@ -585,10 +598,43 @@ def _create(uri: str, data: bytes) -> bool:
     return True
 
 
-def _put(uri: str, path: Path) -> None:
+def _upload(path: Path, uri: str) -> None:
+    """Send a file to S3, which takes no more than 5 GB at once: a large one goes in parts."""
     bucket, key = _bucket_key(uri)
-    with path.open("rb") as body:
-        _client().put_object(Bucket=bucket, Key=key, Body=body)
+    client, size = _client(), path.stat().st_size
+
+    def put() -> None:
+        with path.open("rb") as body:
+            client.put_object(Bucket=bucket, Key=key, Body=body)
+
+    if size <= PART_BYTES:
+        _send(uri, put)
+        return
+    request = functools.partial(client.create_multipart_upload, Bucket=bucket, Key=key)
+    whole = {"Bucket": bucket, "Key": key, "UploadId": _send(uri, request)["UploadId"]}
+    length = max(PART_BYTES, -(-size // MOST_PARTS))
+
+    def send(number: int) -> dict[str, Any]:
+        with path.open("rb") as file:
+            file.seek((number - 1) * length)
+            piece = {"PartNumber": number, "Body": file.read(length)}
+        answer = _send(uri, functools.partial(client.upload_part, **whole, **piece))
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    try:
+        with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+            parts = list(pool.map(send, range(1, -(-size // length) + 1)))
+        end = functools.partial(client.complete_multipart_upload, **whole)
+        try:
+            _send(uri, functools.partial(end, MultipartUpload={"Parts": parts}))
+        except FileNotFoundError:  # it was ended already, and that answer got lost
+            head = functools.partial(client.head_object, Bucket=bucket, Key=key)
+            if _send(uri, head)["ContentLength"] != size:
+                raise
+    except BaseException:
+        with contextlib.suppress(OSError):  # what was sent would be stored, and paid, unseen
+            _send(uri, functools.partial(client.abort_multipart_upload, **whole))
+        raise
 
 
 def _entry(path: Path, uri: str, relative: str) -> FileEntry:

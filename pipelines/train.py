@@ -400,11 +400,8 @@ def move_aside(uri: str) -> str:
     if path is not None:
         path.rename(new)
         return new
-    system, _ = storage.filesystem(uri)
     for entry in storage.list_files(uri):
-        _, source = storage.filesystem(entry.uri)
-        _, target = storage.filesystem(storage.join(new, entry.relative))
-        system.copy_file(source, target)
+        storage.copy(entry.uri, storage.join(new, entry.relative))
     storage.delete(uri)
     return new
 

@@ -278,6 +278,46 @@ def test_a_store_that_fails_now_and_then_is_asked_again(
     assert min(faulty_store.seen[kind] for kind in ("slow_down", "reset", "truncate")) > 3
 
 
+def test_a_large_file_goes_in_parts_each_of_which_is_asked_again(
+    faulty_store: Any, faulty_environment: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """S3 takes 5 GB at once; a shard of a G model's checkpoint is larger."""
+    for name, value in faulty_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)
+    data = os.urandom(40 * 2**20 + 7)
+    (tmp_path / "shard").write_bytes(data)
+    before = faulty_store.seen["requests"]
+
+    uri = f"s3://bucket/{uuid.uuid4().hex}/shard"
+    storage.copy_in(tmp_path / "shard", uri)
+    assert faulty_store.seen["requests"] - before >= 11
+    storage.copy(uri, f"{uri}-2")
+
+    assert storage.read_bytes(uri) == storage.read_bytes(f"{uri}-2") == data
+
+
+def test_a_file_of_which_a_part_is_refused_leaves_no_parts_behind(
+    s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)
+    path = tmp_path / "shard"
+    path.write_bytes(bytes(11 * 2**20))
+    client, key = storage._client(), f"{uuid.uuid4().hex}/shard"
+
+    def refused(**request: Any) -> None:
+        raise PermissionError("a part was refused")
+
+    monkeypatch.setattr(client, "upload_part", refused)
+    with pytest.raises(PermissionError, match="a part was refused"):
+        storage.copy_in(path, f"s3://bucket/{key}")
+    assert not client.list_multipart_uploads(Bucket="bucket", Prefix=key).get("Uploads")
+    assert not storage.exists(f"s3://bucket/{key}")
+
+
 def test_expired_credentials_are_told_at_once_and_kept_to_ourselves(
     faulty_store: Any, faulty_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
