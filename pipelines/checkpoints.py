@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 import pickle
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 META, LATEST, FOLDER = "meta.json", "latest.json", "checkpoints"
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
 """Config of a run, written when it begins."""
 NOT_ANOTHER = (
     "Repeat the options of the first start to continue, choose another --name, or add --fresh to "
@@ -194,7 +196,8 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
     """Refuse to begin at image 0 in the folder of a run that was further, or is another one.
 
     Raises:
-        FileNotFoundError: latest.json names a checkpoint, but none is complete.
+        FileNotFoundError: latest.json names a checkpoint, or metrics.jsonl tells of one, but none
+            is complete.
         ValueError: every checkpoint is damaged; or a run was begun there with other options, and
             has saved nothing yet.
     """
@@ -222,6 +225,14 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
     if not storage.exists(begun):
         return
     there = flat(yaml.safe_load(storage.read_bytes(begun)))
+    told = told_images(run)
+    # One save may still be in work when the next is due; no run goes further than that.
+    if told >= min(2 * there["checkpoint_every_images"], there["total_images"]):
+        raise FileNotFoundError(
+            f"{storage.join(run, METRICS)} tells of {told} images, but no checkpoint is below "
+            f"{run}/{FOLDER}: bring them back, choose another --name, or add --fresh to start over "
+            "beside the old run."
+        )
     chosen = {name: value for name, value in wanted.items() if name in there}
     differing = _differing({name: there[name] for name in chosen}, chosen)
     if differing:
@@ -229,6 +240,15 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
             f"cannot begin at {run}: a run was begun there that has saved nothing yet, and "
             f"{differing}. {NOT_ANOTHER}"
         )
+
+
+def told_images(run: str) -> int:
+    """Images seen at the last whole line of metrics.jsonl; 0 if there is none."""
+    try:
+        lines = storage.read_bytes(storage.join(run, METRICS)).rpartition(b"\n")[0].splitlines()
+        return int(json.loads(lines[-1])["images_seen"]) if lines else 0
+    except (FileNotFoundError, ValueError):
+        return 0
 
 
 def newest(run: str) -> Checkpoint | None:

@@ -129,8 +129,8 @@ class LoaderConfig(Config):
     """Streams of row groups; a multiple of every number of workers that the run will ever have."""
     window: PositiveInt = 4
     """Row groups of a lane whose rows are shuffled together."""
-    threads: PositiveInt = 2
-    """Decoding threads of a worker."""
+    threads: int = Field(0, ge=0)
+    """Decoding threads of a worker; 0 for its share of the machine's CPUs, from 2 to 8."""
     prefetch: int | None = Field(None, ge=0)
     """Batches that are decoded ahead of the one in use. By default 2 where a GPU computes, and none
     where a CPU does: decoding beside a step would take its cores away and hold all of it up."""

@@ -99,12 +99,11 @@ def run_uri(config: TrainConfig) -> str:
     return storage.join(config.storage, config.name)
 
 
-def resume_point(config: TrainConfig, manifest: Manifest) -> Checkpoint | None:
-    """The checkpoint that a run continues from; None to begin at image 0.
+def check_fits(config: TrainConfig, manifest: Manifest) -> None:
+    """Refuse a dataset that the model cannot be trained on.
 
     Raises:
-        ValueError: the dataset does not fit the model, or the run was started as another one.
-        FileNotFoundError: the run had a complete checkpoint, and has none now.
+        ValueError: naming both values, and the option.
     """
     model, found = config.model, (manifest.image_size, len(manifest.classes), 3)
     wanted = (model.image_size, model.num_classes, model.in_channels)
@@ -115,6 +114,15 @@ def resume_point(config: TrainConfig, manifest: Manifest) -> Checkpoint | None:
                 f"the dataset at {config.data} has {name} {has}, but model.{name} is {needs}: "
                 f"set --model.{name.replace('_', '-')} {has}, or name another dataset"
             )
+
+
+def resume_point(config: TrainConfig, manifest: Manifest) -> Checkpoint | None:
+    """The checkpoint that a run continues from; None to begin at image 0.
+
+    Raises:
+        ValueError: the run was started as another one.
+        FileNotFoundError: the run had a complete checkpoint, and has none now.
+    """
     identity = checkpoints.identity(config, manifest)
     checkpoint = checkpoints.newest(run_uri(config))
     if checkpoint:
@@ -182,6 +190,7 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
             before are added.
     """
     run, manifest = run_uri(config), read_manifest(config.data)
+    check_fits(config, manifest)
     micro_batch, accumulation = config.split(context.world_size)
     start = _broadcast(resume_point(config, manifest), context)
     state = build(config, context)
@@ -326,12 +335,13 @@ def early_stop(config: TrainConfig) -> str:
 
 
 def without_score(config: TrainConfig) -> list[str]:
-    """Complete checkpoints that nobody has judged yet, oldest first."""
+    """Complete checkpoints that nobody has judged yet, newest first."""
     if not config.validation.reference:
         return []
     run = run_uri(config)
     judged = {score.step for score in validation.scores(run, config.validation)}
-    return [uri for step, uri in checkpoints.complete(run).items() if step not in judged]
+    there = checkpoints.complete(run)
+    return [there[step] for step in sorted(there, reverse=True) if step not in judged]
 
 
 def look_at(

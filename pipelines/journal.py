@@ -26,13 +26,12 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines import storage
-from pipelines.checkpoints import CONFIG
+from pipelines.checkpoints import CONFIG, METRICS
 from pipelines.config import TrainConfig
 from pipelines.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 SYNC_S = 60.0
 """Longest time that an object store lacks the newest lines, beside checkpoints."""
 

@@ -12,6 +12,7 @@ A fault of the data is an error that names shard, row group and row.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -133,6 +134,12 @@ class _Lane:
         self.window, self.at, self.held = window, skip, held
 
 
+def threads_here() -> int:
+    """Decoding threads of a worker: its share of the machine's CPUs, from 2 to 8."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 class Loader:
     """Batches of one worker from a dataset folder.
 
@@ -183,6 +190,7 @@ class Loader:
                 f"global_batch {global_batch} among {world_size} workers"
             )
         self.config, self.global_batch = config, global_batch
+        self.threads = config.threads or threads_here()
         default = GPU_PREFETCH if torch.cuda.is_available() else 0
         self.prefetch = default if config.prefetch is None else config.prefetch
         self.image_size = manifest.image_size
@@ -197,7 +205,7 @@ class Loader:
         lanes: dict[int, _Lane] = {}
         shared: dict[int, tuple[Future[RowGroup], int]] = {}  # with the number of lanes holding it
         readers = ThreadPoolExecutor(READERS, "jit-read")
-        decoders = ThreadPoolExecutor(self.config.threads, "jit-decode")
+        decoders = ThreadPoolExecutor(self.threads, "jit-decode")
 
         def hold(window: Window) -> dict[int, Future[RowGroup]]:
             held = {}
@@ -234,9 +242,7 @@ class Loader:
             """Begin to fill a batch."""
             batch = self._empty(index)
             todo = deque(range(len(index)))  # images differ in cost: each thread takes the next one
-            work = [
-                decoders.submit(self._fill, batch, places, todo) for _ in range(self.config.threads)
-            ]
+            work = [decoders.submit(self._fill, batch, places, todo) for _ in range(self.threads)]
             return batch, work
 
         def plan() -> Iterator[np.ndarray]:

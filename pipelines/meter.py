@@ -171,9 +171,9 @@ class Meter:
         raise NonFiniteLoss(
             f"loss {loss}, gradient norm {norm} at step {images_seen // batch} (places "
             f"{images_seen - batch} .. {images_seen - 1} of the run): {who}. No checkpoint holds "
-            "this state. Lower --optimizer.learning-rate, set --optimizer.grad-clip, or look at "
-            "the images; the same line again goes on from the last checkpoint, and "
-            "--non-finite skip leaves such a batch out.",
+            "this state. Look at the images; the same line again goes on from the last checkpoint, "
+            "with --non-finite skip without such a batch. A lower --optimizer.learning-rate, or "
+            "--optimizer.grad-clip 1, makes another run: give it a --name of its own.",
             images_seen - batch,
         )
 

@@ -215,7 +215,25 @@ def describe(config: PlanConfig, found: Plan, prices: Prices) -> str:
             f"{found.days:.2f} days",
             f"            assumes {config.mfu:.0%} of the GPU's dense bf16 peak (--mfu); "
             "`python -m jitmodel.benchmark` measures it",
+            *judging(config, found),
             f"price       {found.price:,.0f} {prices.currency} at {gpu.per_hour:g} an hour and "
             f"machine, training alone ({prices.source}; as of {prices.as_of})",
         ]
     )
+
+
+def judging(config: PlanConfig, found: Plan) -> list[str]:
+    """What it takes to judge a checkpoint while training goes on; nothing where none is judged."""
+    if not config.validation.reference:
+        return []
+    peak = cost.peak_flops(found.instance.device)
+    assert peak is not None, "the plan was made with it"
+    passes = 2 * (2 if config.sampler.solver == "heun" else 1) * config.sampler.steps
+    operations = config.validation.num_images * passes * cost.forward_flops(config.model)
+    takes = operations / (peak * config.mfu) / 60
+    every = config.checkpoint_every_images / found.images_per_s / 60
+    slow = "; MORE than that, so some go unjudged and an early stop comes late" * (takes > every)
+    return [
+        f"judging     at most {takes:,.1f} min a checkpoint on one {found.instance.device} more "
+        f"({config.validation.num_images:,} images); there is one every {every:,.1f} min{slow}"
+    ]

@@ -41,7 +41,7 @@ from jitmodel.parallel import tune_cpu
 from pipelines import checkpoints, runtime, storage, trackers, validation
 from pipelines.checkpoints import LATEST, META, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
-from pipelines.fit import early_stop, fit, resume_point, run_uri
+from pipelines.fit import check_fits, early_stop, fit, resume_point, run_uri
 from pipelines.meter import NonFiniteLoss
 from pipelines.shards import Manifest, check_there, read_manifest
 
@@ -230,6 +230,7 @@ def run(config: TrainConfig) -> None:
         update={"data": _absolute(config.data), "storage": _absolute(config.storage)}
     )
     manifest, folder = read_manifest(config.data), run_uri(config)
+    check_fits(config, manifest)
     check_there(config.data, manifest)
     if not config.dry_run:
         storage.check_writable(folder)
@@ -262,7 +263,8 @@ def run(config: TrainConfig) -> None:
         )
         return
     if start and (why := early_stop(config)):
-        logger.info("%s is finished: %s. Raise --validation.patience to go on.", folder, why)
+        again = "Raise --validation.patience to go on."
+        logger.info("%s is finished: %s%s. %s", folder, why, best_of(config), again)
         return
     runtime.connect()
     use_gpu = place(config)
@@ -273,7 +275,7 @@ def run(config: TrainConfig) -> None:
     if "stopped" in answer:
         raise StageFailed(answer["stopped"])
     if answer["early"]:
-        logger.info("stopped early: %s", answer["early"])
+        logger.info("stopped early: %s%s", answer["early"], best_of(config))
     logger.info("finished: %d images, %s", answer["images_seen"], answer["checkpoint"])
 
 
@@ -382,6 +384,17 @@ def plan(config: TrainConfig, manifest: Manifest, start: Checkpoint | None) -> s
         f"({config.total_images / manifest.num_rows:.2f} epochs of {manifest.num_rows}), "
         f"{steps} steps of {config.global_batch} = {each}"
     )
+
+
+def best_of(config: TrainConfig) -> str:
+    """The checkpoint that a run which stopped early is about, for the end of a sentence."""
+    found = validation.scores(run_uri(config), config.validation)
+    there = checkpoints.complete(run_uri(config))
+    kept = [score for score in found if score.step in there]
+    if not kept:
+        return ""
+    uri = there[validation.best(kept, 1)[0].step]
+    return f"; the best is {uri}: `jit export {uri} --ema {config.validation.ema:g} --output URI`"
 
 
 def runs(uri: str) -> list[str]:

@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,6 +194,21 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_at_image_0(tiny_dataset
 
     with pytest.raises(FileNotFoundError, match=r"names checkpoints/step_00000002 \(32 images"):
         fit(config, LocalContext())
+
+
+def test_a_run_that_lost_its_checkpoints_and_all_that_names_them_is_known_by_its_metrics(
+    tiny_dataset, tmp_path
+):
+    config = config_for(tiny_dataset, tmp_path)
+    fit(config, LocalContext())
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/latest.json").unlink()
+    lines = (tmp_path / "run/metrics.jsonl").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl tells of 160 images, .*--fresh"):
+        fit(config, LocalContext())
+
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_image_0(tiny_dataset, tmp_path):

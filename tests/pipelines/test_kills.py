@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,11 +49,18 @@ class Run:
         return max(checkpoints.complete(str(self.folder)), default=0)
 
     def wait_for_a_checkpoint(self, process: subprocess.Popen[bytes]) -> None:
-        before, began = self.newest_step(), time.monotonic()
-        while self.newest_step() == before:
-            assert process.poll() is None, self.log.read_text()[-4000:]
-            assert time.monotonic() - began < 300, "no checkpoint within five minutes"
-            time.sleep(0.02)
+        """Of its own workers: those of a command that was killed may end a save after it."""
+        began = time.monotonic()
+
+        def wait_until(condition: Callable[[], bool]) -> None:
+            while not condition():
+                assert process.poll() is None, self.log.read_text()[-4000:]
+                assert time.monotonic() - began < 300, "no checkpoint within five minutes"
+                time.sleep(0.02)
+
+        wait_until(lambda: len(descendants(process.pid, WORKER)) == 2)
+        before = self.newest_step()
+        wait_until(lambda: self.newest_step() > before)
 
 
 def kill_worker(process: subprocess.Popen[bytes], rng: random.Random) -> None:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from pipelines import images, loader, storage
 from pipelines.config import LoaderConfig
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Batch, Loader, threads_here
 from pipelines.shards import read_manifest
 
 CONFIG = LoaderConfig(lanes=4, window=2)
@@ -88,6 +89,13 @@ def test_the_stream_goes_on_from_any_image(tiny_dataset: Path):
     for images_seen in (8, 13, 208, 212):
         rest = ids(take(open_loader(tiny_dataset), 5, images_seen))
         assert rest == unbroken[images_seen : images_seen + 40]
+
+
+def test_a_worker_decodes_with_its_share_of_the_machine(monkeypatch: pytest.MonkeyPatch):
+    for cpus, workers, threads in ((2, 2, 2), (16, 4, 4), (192, 8, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: set(range(cpus)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(workers))
+        assert threads_here() == threads
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])

@@ -57,6 +57,24 @@ def test_main_memory_holds_the_copy_that_is_stored_and_averages_that_are_kept_th
     assert averaged * 8 == pytest.approx(40 * parameters, rel=1e-6)  # EMAs, and weights they follow
 
 
+def test_a_judge_that_is_slower_than_checkpoints_come_is_named_before_the_start():
+    base = load_preset("train", "jit-g16-256", PlanConfig).model_dump()
+    judged = {"validation": {"reference": "r.npz", "num_images": 5000}}
+    prices = plan.read_prices("")
+
+    def said(**changes) -> str:
+        config = PlanConfig.model_validate(base | judged | changes)
+        return plan.describe(config, plan.plan(config, prices), prices)
+
+    # 5000 images, at most 200 passes of 767.5 GFLOP, at 40 % of 989 TFLOP/s.
+    assert "judging     at most 32.3 min a checkpoint on one H100 more (5,000 images)" in said(
+        gpus=16
+    )
+    assert "MORE than that" in said(gpus=16)
+    assert "MORE than that" not in said(gpus=16, checkpoint_every_images=100_000_000)
+    assert "judging" not in said(gpus=16, validation={})
+
+
 def test_what_saves_memory_is_seen_to_save_it():
     def peak(**parallel) -> int:
         return planned("jit-h16-256", micro_batch=64, parallel=parallel).memory.peak

@@ -190,6 +190,21 @@ def test_bad_input_is_refused_before_ray_is_asked(tiny_dataset, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fresh_start_that_cannot_be_made_leaves_the_old_run_in_its_place(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.runtime, "connect", lambda: pytest.fail("Ray was asked"))
+    config = config_for(tiny_dataset, tmp_path, "run", total_images=16)
+    fit.fit(config, fit.LocalContext())
+    wide = {"model": config.model.model_copy(update={"num_classes": 12}), "fresh": True}
+
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=r"has num_classes 10, but model.num_classes is 12"):
+            train.run(config.model_copy(update=wide | {"dry_run": dry_run}))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_resume_goes_on_only_where_there_is_a_run(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train.runtime, "connect", lambda: pytest.fail("Ray was asked"))
     config = config_for(tiny_dataset, tmp_path, "other", total_images=32, resume=True)

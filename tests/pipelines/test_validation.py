@@ -102,12 +102,25 @@ def fit(config, context):
 def test_a_checkpoint_without_a_score_is_reported_again_after_a_restart(tiny_dataset, tmp_path):
     config = config_for(tiny_dataset, tmp_path, validation=JUDGED, total_images=64)
     fit(config, Judge(config))
-    (tmp_path / "run/validations/step_00000002.json").unlink()
+    for step in (2, 4):
+        (tmp_path / f"run/validations/step_{step:08d}.json").unlink()
 
     judge = Judge(config)
     fit(config, judge)
 
-    assert judge.told == [str(tmp_path / "run/checkpoints/step_00000002")]
+    folder = tmp_path / "run/checkpoints"  # the newest first: it is what may stop the run
+    assert judge.told == [str(folder / "step_00000004"), str(folder / "step_00000002")]
+
+
+def test_the_best_checkpoint_of_a_run_that_stopped_is_named_with_its_export(tiny_dataset, tmp_path):
+    config = config_for(tiny_dataset, tmp_path, validation=JUDGED, total_images=64)
+    fit(config, Judge(config))
+    found = validation.scores(str(tmp_path / "run"), config.validation)
+    least = min(found, key=lambda score: score.value)
+
+    said = train.best_of(config)
+
+    assert f"jit export {tmp_path}/run/checkpoints/step_{least.step:08d} --ema 0.9 " in said
 
 
 def test_scores_of_another_validation_do_not_count(tmp_path):
