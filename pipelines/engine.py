@@ -393,9 +393,13 @@ class Engine:
         self._ended = now if any(slot is not None for slot in self._slots) else None
         self.ticks, self.ticking_s = self.ticks + 1, self.ticking_s + seconds
         # Quick to see that ticks got slower, slow to believe that they got faster: what is
-        # accepted in a short lull would be late after it.
-        weight = (0.2 if seconds > self.tick_s else 0.02) * len(batch) / len(self._slots)
-        self.tick_s += weight * (seconds - self.tick_s)
+        # accepted in a short lull would be late after it. A tick with room in it may be the
+        # cheaper for it, and says nothing about a full one, unless it took longer still.
+        full = len(batch) / len(self._slots)
+        if seconds > self.tick_s:
+            self.tick_s += 0.2 * full * (seconds - self.tick_s)
+        elif full == 1:
+            self.tick_s += 0.02 * (seconds - self.tick_s)
         return True
 
     def _run(self) -> None:

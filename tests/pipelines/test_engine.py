@@ -238,7 +238,7 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(model: JiT):
 
 
 class Clock:
-    """Time that passes only in the network, 10 ms an evaluation, whatever the machine does."""
+    """Time that passes only in the network, whatever the machine does: 10 ms for eight images."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -248,7 +248,7 @@ class Clock:
         return self.now
 
     def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.now += 0.01
+        self.now += 0.002 + 0.001 * len(z)
         return torch.zeros_like(z)
 
 
@@ -283,6 +283,30 @@ def test_nobody_who_was_accepted_is_late(monkeypatch: pytest.MonkeyPatch, load: 
     assert not late, f"{len(late)} of {len(small)} small and {len(large)} large"
     assert len(small) > 0.6 * 2.5 * timeout_s / (every_s * load), "small ones still join"
     assert large, "and large ones are not shut out"
+
+
+@pytest.mark.parametrize("before", [0, 10, 30])
+def test_a_burst_after_light_traffic_is_not_taken_for_as_cheap(
+    monkeypatch: pytest.MonkeyPatch, before: int
+):
+    """A tick of one image costs less than a full one, and says nothing about it."""
+    clock = Clock()
+    monkeypatch.setattr("pipelines.engine.time", clock)
+    engine = Engine(clock, torch.device("cpu"), slots=8, max_queue=64)
+    engine.tick_s = 0.01
+    one = drawing(steps=50, solver="heun")
+    for _ in range(before):
+        engine.submit([one], timeout_s=4)
+        run_dry(engine)
+
+    taken: list[Future[Drawn]] = []
+    for _ in range(72):
+        with suppress(QueueFull):
+            taken.append(engine.submit([one], timeout_s=4))
+    run_dry(engine)
+
+    assert len(taken) > 8, "more than the slots hold have the time"
+    assert not [f for f in taken if isinstance(f.exception(0), DeadlineExceeded)]
 
 
 def test_a_late_request_fails_and_frees_its_slots(model: JiT):
