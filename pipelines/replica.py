@@ -35,7 +35,7 @@ from jitmodel.artifact import (
     sha256_file,
 )
 from jitmodel.config import Config
-from pipelines import storage
+from pipelines import scaling, storage
 from pipelines.api import Live, Service, create_app
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
@@ -109,6 +109,11 @@ class Server:
         while old.engine.running or old.engine.waiting:  # nothing joins it any more
             await asyncio.sleep(0.05)
         await asyncio.to_thread(old.engine.close)
+
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        """What the policy of `pipelines.scaling` counts; asked by Ray Serve."""
+        engine = self.live.service.engine
+        return {scaling.IMAGES: engine.running + engine.waiting}
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""

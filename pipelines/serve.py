@@ -38,7 +38,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from jitmodel.artifact import ArtifactInfo, load_artifact
-from pipelines import runtime, storage
+from pipelines import runtime, scaling, storage
 from pipelines.api import GRACE_S
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig, require
@@ -154,8 +154,8 @@ def options(config: ServeConfig, info: ArtifactInfo, *, gpu: bool) -> dict[str, 
             "autoscaling_config": {
                 "min_replicas": config.replicas,
                 "max_replicas": config.max_replicas,
-                # A request is ongoing from its arrival on, so this counts the engine's queue too.
-                "target_ongoing_requests": config.slots,
+                "policy": {"policy_function": scaling.POLICY},
+                "target_ongoing_requests": config.slots,  # images, with this policy
                 "look_back_period_s": 15,
                 "upscale_delay_s": config.upscale_delay_s,
                 "downscale_delay_s": 300,
