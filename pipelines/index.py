@@ -24,7 +24,7 @@ INDEX_SCHEMA = pa.schema(
         ("file", pa.binary()),  # the file to open, below the root; its name may not be UTF-8
         ("row_group", pa.int32()),  # of a Parquet file; -1: a range of bytes
         ("first", pa.int64()),  # first byte, -1: the whole file; in Parquet the row in its group
-        ("length", pa.int64()),  # bytes; in Parquet 0
+        ("length", pa.int64()),  # bytes; in Parquet those of all images of the row group
         ("label", pa.int64()),  # as the source has it; whoever reads checks its range
         ("unit", pa.int64()),  # rising number of what is read together
         ("problem", pa.string()),  # why it cannot be used, where the list shows that already

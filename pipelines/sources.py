@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jitmodel.config import ClassInfo
-from pipelines import index, storage, tars
+from pipelines import index, pages, storage, tars
 from pipelines.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, SUFFIXES, BadImage, refuse_bytes
 from pipelines.index import ImageRef
 from pipelines.labels import (
@@ -59,6 +59,8 @@ READ_AHEAD, READ_AHEAD_BYTES = 32, 2**25
 """Images that are fetched at once from a store that is not local, and most bytes of several."""
 BUFFER_BYTES = 2**23
 """What is read at once of a column of a Parquet file; without it, all of a row group is."""
+PAGE_BYTES = 200 * 10**6
+"""Most bytes of a page of Parquet, of which a worker holds up to three copies."""
 LISTERS = 16
 """Parts that one process lists at once."""
 PEEK = 64
@@ -660,7 +662,7 @@ class ParquetFiles:
                 "names: choose files of one dataset"
             )
         start = unit = 0
-        for group, labels in self._labels(part.file):
+        for group, length, labels in self._row_groups(part.file):
             listed = False
             for row, label in enumerate(labels.tolist()):
                 path, problem = f"{printable(part.file)}#{start + row}", None
@@ -671,20 +673,58 @@ class ParquetFiles:
                         continue
                     label = self.new.get(label, -1)
                 file, listed = os.fsencode(part.file), True
-                yield ImageRef(path, file, group, row, 0, label, unit, problem)
+                yield ImageRef(path, file, group, row, length, label, unit, problem)
             start += len(labels)
             unit += listed
 
-    def _labels(self, name: str) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    def _row_groups(self, name: str) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+        """Number, bytes of the images as stored, and labels of each row group."""
         uri = storage.join(self.root, name)
         with storage.honest_errors(uri), storage.open_patiently(uri) as source:
             file = pq.ParquetFile(source)
+            image = _image_leaf(file, self.layout.image)
             for group in range(file.num_row_groups):
+                metadata = file.metadata.row_group(group)
+                column = _column_chunk(metadata, image)
+                _refuse_pages(uri, group, column)
+                length = column.total_compressed_size
                 if self.one:
-                    yield group, np.zeros(file.metadata.row_group(group).num_rows, np.int64)
+                    yield group, length, np.zeros(metadata.num_rows, np.int64)
                     continue
-                column = file.read_row_group(group, columns=[self.layout.label])[0]
-                yield group, column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+                found = file.read_row_group(group, columns=[self.layout.label])[0]
+                labels = found.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+                yield group, length, labels
+
+
+def _image_leaf(file: pq.ParquetFile, column: str) -> str:
+    """What Parquet calls the column that holds the bytes of images."""
+    is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
+    return f"{column}.bytes" if is_struct else column
+
+
+def _column_chunk(row_group: pq.RowGroupMetaData, name: str) -> pq.ColumnChunkMetaData:
+    columns = (row_group.column(i) for i in range(row_group.num_columns))
+    return next(column for column in columns if column.path_in_schema == name)
+
+
+def _refuse_pages(uri: str, group: int, column: pq.ColumnChunkMetaData) -> None:
+    """Check that no page of images is larger than a worker can hold.
+
+    Raises:
+        ValueError: one is.
+    """
+    total = max(column.total_uncompressed_size, column.total_compressed_size)
+    if total <= PAGE_BYTES:
+        return
+    with storage.Ranges(uri) as ranges:
+        largest = max(pages.page_sizes(ranges, column), default=0)
+    if largest > PAGE_BYTES:
+        rows = max(PAGE_BYTES * column.num_values // (2 * total), 1)
+        raise ValueError(
+            f"row group {group} of {uri} has a page of {largest / 1e6:,.0f} MB, of which each "
+            f"worker would hold three copies: up to {PAGE_BYTES / 1e6:.0f} MB are read. Write it "
+            f"again in row groups of fewer images, such as pyarrow's row_group_size={rows}"
+        )
 
 
 BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
@@ -901,7 +941,7 @@ def _read_range(root: str, ref: ImageRef) -> bytes | str:
 def _read_rows(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, bytes | str]]:
     """Images of a row group, by way of a disk: its pages are as large as their writer chose.
 
-    Ours and the Hub's put up to 1,024 rows into a page, of which two copies are held.
+    Those that are too large to be held were refused when the file was listed.
     """
     folder, _, name = uri.rpartition("/")
     column = _hub_layout(folder, name, one=True).image
@@ -910,11 +950,13 @@ def _read_rows(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, byte
         places = []
         with storage.honest_errors(uri), storage.open_patiently(uri) as source:
             file = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
-            is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
-            columns = [f"{column}.bytes" if is_struct else column]
+            columns = [_image_leaf(file, column)]
+            held = _column_chunk(file.metadata.row_group(group), *columns).total_uncompressed_size
+            batch_rows = 16 if held <= PAGE_BYTES else 1  # an image may be as large as a page
             start = 0
             try:
-                for batch in file.iter_batches(16, row_groups=[group], columns=columns):
+                for batch in file.iter_batches(batch_rows, row_groups=[group], columns=columns):
+                    is_struct = pa.types.is_struct(batch[0].type)
                     values = batch[0].field("bytes") if is_struct else batch[0]
                     for row in sorted(left.intersection(range(start, start + len(values)))):
                         if values[row - start].is_valid:
@@ -923,7 +965,9 @@ def _read_rows(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, byte
                         else:
                             reasons[row] = "the image column holds no bytes"
                     start += len(values)
-                    left.difference_update(range(start))
+                    left.difference_update(range(start - len(values), start))
+                    if not left:
+                        break
             except (OSError, pa.ArrowException) as error:
                 if storage.local_path(uri) is None:
                     raise  # pyarrow has one kind of error for damage and for a store that fails

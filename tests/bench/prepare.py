@@ -260,6 +260,8 @@ def memory() -> dict:
         rows.append(_memory_row("the largest images that are decoded, 11 kinds", got))
         got = prepared(one_row_group(folder / "group"), folder / "ogroup", image_size=512)
         rows.append(_memory_row("Parquet, one row group of 1.5 GB", got))
+        got = prepared(one_page(folder / "page"), folder / "opage", image_size=512)
+        rows.append(_memory_row("Parquet, the largest page that is read (a dictionary)", got))
     return {"title": "Most memory (resident, MB)", "rows": rows}
 
 
@@ -303,6 +305,20 @@ def one_row_group(folder: Path) -> Path:
     table = pa.table([rows, [0] * len(rows)], schema=schema)
     pq.write_table(table, folder / "a.parquet", compression="none", use_dictionary=False,
                    row_group_size=len(rows))  # fmt: skip
+    return folder
+
+
+def one_page(folder: Path) -> Path:
+    """Photographs of 2.5 MB as pyarrow writes them if nothing is said: all in one page."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    photograph, random = photographs()[0], np.random.default_rng(0)
+    size = 2_500_000
+    rows = [photograph + random.bytes(size - len(photograph))
+            for _ in range(sources.PAGE_BYTES // (size + 4))]  # fmt: skip
+    folder.mkdir()
+    pq.write_table(pa.table({"image": rows, "label": [0] * len(rows)}), folder / "a.parquet")
     return folder
 
 

@@ -11,6 +11,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -300,6 +301,39 @@ def test_few_bytes_of_a_large_row_group_are_held(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ARROW_PEAK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 20_000_000  # of 100 MB
+
+
+LARGE = {"use_dictionary": False, "write_page_index": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "page"),
+    [
+        ({}, 2_100_000),  # pyarrow's defaults: a dictionary of all rows
+        (LARGE, 2_100_000),
+        (LARGE | {"data_page_version": "2.0"}, 2_100_000),
+        (LARGE | {"write_batch_size": 50, "data_page_size": 50_000}, 510_000),
+    ],
+)
+def test_a_page_that_is_too_large_to_hold_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], page: int
+) -> None:
+    place = str(tmp_path / "a.parquet")
+    images = [{"bytes": np.random.default_rng(i).bytes(10_000), "path": None} for i in range(200)]
+    table = pa.table([images, [0] * 200], names=["image", "label"])
+    pq.write_table(table, place, **options)
+    source = open_source(place)
+    monkeypatch.setattr(sources, "PAGE_BYTES", page)
+    refs = _listed(source, tmp_path)
+    assert len(list(read_images(source.root, refs))) == 200
+
+    monkeypatch.setattr(sources, "PAGE_BYTES", page * 9 // 10)
+    message = r"row group 0 of .*a\.parquet has a page of .* MB, .*row_group_size=\d+$"
+    with pytest.raises(ValueError, match=message) as refused:
+        _listed(source, tmp_path)
+    rows = int(str(refused.value).rpartition("=")[2])
+    pq.write_table(table, place, row_group_size=rows)  # the remedy
+    assert len(_listed(open_source(place), tmp_path)) == 200
 
 
 def test_a_file_too_long_to_be_an_image_is_not_read(
