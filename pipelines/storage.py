@@ -95,6 +95,10 @@ class ObjectRefused(PermissionError):
     """The store refuses one object, such as one that is archived; perhaps not the others."""
 
 
+class StoreFailed(OSError):
+    """The store failed until the deadline, or in a way of its own: no fault of what it holds."""
+
+
 class FileEntry(NamedTuple):
     """A file that was found in a folder."""
 
@@ -168,7 +172,7 @@ def honest_errors(uri: str) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, StoreFailed):
         raise
     except OSError as error:
         if local_path(uri) is None:
@@ -282,7 +286,7 @@ def exists(uri: str) -> bool:
     if path is not None:
         return path.exists()
     bucket, key = _bucket_key(uri)
-    folder = f"{key.rstrip('/')}/"
+    folder = _folder_key(uri)[1]
     with contextlib.suppress(FileNotFoundError):
         for prefix, wanted in ((key, key), (folder, folder)):
             request = {"Bucket": bucket, "MaxKeys": 1, "Prefix": prefix}
@@ -476,10 +480,11 @@ def fetch(uri: str) -> Path:
         return path.absolute()
     bucket, key = _bucket_key(uri)
     objects = []
-    for prefix in (key, f"{key.rstrip('/')}/"):
+    folder_key = _folder_key(uri)[1]
+    for prefix in (key, folder_key):
         for page in _pages(uri, Bucket=bucket, Prefix=prefix):
             for item in page.get("Contents", ()):
-                if item["Key"] == key or item["Key"].startswith(f"{key.rstrip('/')}/"):
+                if item["Key"] == key or item["Key"].startswith(folder_key):
                     objects.append((item["Key"], item["ETag"], item["Size"]))
         if objects:
             break
@@ -494,7 +499,7 @@ def fetch(uri: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=TEMPORARY) as folder:
         top = Path(folder) / digest
         for name, _, _ in objects:
-            place = top / target.name / name[len(key) :].strip("/")
+            place = top / Path(key).name / name[len(key) :].strip("/")
             place.parent.mkdir(parents=True, exist_ok=True)
             download = functools.partial(_client().download_file, bucket, name, str(place))
             _send(uri, download)
@@ -586,6 +591,13 @@ def _create(uri: str, data: bytes) -> bool:
             target.hardlink_to(temporary)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise PermissionError(
+                    f"{target.parent} is on a file system without hard links, by which one writer "
+                    "is told from another: choose a folder on a disk that has them, or on S3"
+                ) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         return True
@@ -846,8 +858,9 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, e.ClientError):
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         return status >= 500 or status == 429 or error.response["Error"]["Code"] in _BUSY
-    broken = (e.HTTPClientError, e.IncompleteReadError, e.ResponseStreamingError, Boto3Error)
-    return isinstance(error, (*broken, e.FlexibleChecksumError)) or (
+    broken = (e.HTTPClientError, e.IncompleteReadError, e.ResponseStreamingError, Boto3Error,
+              e.ConnectionError, e.CredentialRetrievalError, e.FlexibleChecksumError)  # fmt: skip
+    return isinstance(error, broken) or (
         isinstance(error, OSError) and error.errno in (errno.ECONNRESET, errno.EPIPE)
     )
 
@@ -894,6 +907,6 @@ def _errors(uri: str) -> Iterator[None]:
             raise ShortRead(errno.ENODATA, "it ends before the range", uri) from error
         if status in (409, 412):
             raise FileExistsError(message) from error
-        raise OSError(message) from error
+        raise (StoreFailed if _may_pass(error) else OSError)(message) from error
     except (BotoCoreError, Boto3Error) as error:
-        raise OSError(f"{uri}: {error}") from error
+        raise StoreFailed(f"{uri}: {error}") from error

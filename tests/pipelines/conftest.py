@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 DROPPED = ("content-length", "transfer-encoding", "connection")
+AWAY_S = 2.0
 ERROR = "<Error><Code>{code}</Code><Message>{code}, says the proxy</Message></Error>"
 
 
@@ -39,16 +41,33 @@ class FaultyStore(ThreadingHTTPServer):
         """From this many requests on, all are refused with this code."""
         self.denied: str | None = None
         """What the paths of objects hold that may not be read."""
+        self.away_after: int | None = None
+        """From this many requests on, nobody listens for AWAY_S."""
+        self.is_away = False
 
     @property
     def endpoint(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def go_away(self, seconds: float) -> None:
+        """Close the port and all connections for a while."""
+        self.is_away = True
+        self.shutdown()
+        self.server_close()
+        time.sleep(seconds)
+        self.socket = socket.socket(self.address_family, self.socket_type)
+        self.server_bind()
+        self.server_activate()
+        self.is_away = False
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
     def fate(self) -> str:
         """What happens to the next request."""
         with self.lock:
             self.seen["requests"] += 1
+            if self.seen["requests"] == self.away_after:
+                threading.Thread(target=self.go_away, args=(AWAY_S,), daemon=True).start()
             if self.code_after and self.seen["requests"] > self.code_after[0]:
                 kind = "refused"
             else:
@@ -73,6 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Expect"):
             assert not self.headers.get("Transfer-Encoding")
         fate = self.server.fate()
+        if self.server.is_away:
+            self.close_connection = True
+            return
         if fate in ("slow_down", "refused"):
             status, code = 503, "SlowDown"
             if fate == "refused":

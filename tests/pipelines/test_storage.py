@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import re
+import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import pytest
 
-from pipelines import storage
+from pipelines import job, storage
 from pipelines.cli import main
 
 
@@ -276,6 +280,91 @@ def test_a_store_that_fails_now_and_then_is_asked_again(
     storage.delete(root)
     assert not storage.exists(root)
     assert min(faulty_store.seen[kind] for kind in ("slow_down", "reset", "truncate")) > 3
+
+
+def test_a_store_that_nobody_listens_for_is_waited_for(
+    faulty_store: Any, faulty_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in faulty_environment.items():
+        monkeypatch.setenv(name, value)
+    place = f"s3://bucket/{uuid.uuid4().hex}"
+    storage.write_bytes(place, b"content")
+    away = threading.Thread(target=faulty_store.go_away, args=(2.0,))
+    away.start()
+    while not faulty_store.is_away:
+        time.sleep(0.01)
+    assert storage.read_bytes(place) == b"content"
+    away.join()
+
+
+def test_a_store_that_is_not_there_is_told_while_it_is_waited_for_and_in_one_line(
+    s3_environment: dict[str, str], free_port: int, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port}")
+    monkeypatch.setattr(storage, "DEADLINE_S", 2.0)
+    assert main(["prepare", "--verify", "s3://bucket/x"]) == 1
+    message = rf"s3://bucket/x.*: Could not connect to the endpoint URL.*:{free_port}"
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert re.search(message, said[0])
+    assert len(said) == 1
+    assert re.search(r"trying again for 2 s after Could not connect", caplog.text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        botocore.exceptions.EndpointConnectionError(endpoint_url="https://x"),
+        botocore.exceptions.ConnectTimeoutError(endpoint_url="https://x"),
+        botocore.exceptions.SSLError(endpoint_url="https://x", error="closed"),
+        botocore.exceptions.ProxyConnectionError(proxy_url="http://proxy"),
+        botocore.exceptions.CredentialRetrievalError(provider="role", error_msg="busy"),
+        botocore.exceptions.ReadTimeoutError(endpoint_url="https://x"),
+    ],
+)
+def test_a_request_that_did_not_get_through_is_sent_again(error: Exception) -> None:
+    tries = iter([error, error, None])
+
+    def request() -> str:
+        if failure := next(tries):
+            raise failure
+        return "answer"
+
+    assert storage._send("s3://bucket/x", request) == "answer"
+
+
+def test_the_root_of_a_bucket_is_a_folder_as_others_are(
+    s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JIT_CACHE", str(tmp_path / "cache"))
+    root = f"s3://{uuid.uuid4().hex}"
+    assert not storage.exists(root)
+    storage._client().create_bucket(Bucket=root.removeprefix("s3://"))
+    assert not storage.exists(root)
+    storage.write_bytes(f"{root}/letter.txt", b"dear")
+    assert storage.exists(root)
+    assert storage.exists(f"{root}/")
+    assert (storage.fetch(root) / "letter.txt").read_bytes() == b"dear"
+    with pytest.raises(ValueError, match=r"is not empty.*it holds 'letter\.txt'"):
+        job.refuse_strangers(root)
+    storage.delete(f"{root}/letter.txt")
+    job.refuse_strangers(root)
+
+
+def test_a_disk_without_hard_links_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # what exFAT says
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(OSError, match=r"file system without hard links.*: choose a folder on"):
+        storage.write_bytes(str(tmp_path / "owner.json"), b"first", if_absent=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_large_file_goes_in_parts_each_of_which_is_asked_again(
