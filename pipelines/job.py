@@ -253,9 +253,12 @@ def entries(folders: Mapping[int, str], job: Job) -> Iterator[tuple[int, ShardEn
         return
     numbers = [int(Path(entry.relative).stem) for entry in storage.list_folder(folder)[1]
                if entry.relative.endswith(".json")]  # fmt: skip
+    places = [storage.join(folder, "data") for folder in folders.values()]
     sizes = [
-        {e.relative: e.bytes for e in storage.list_folder(storage.join(f, "data"))[1]}
-        for f in folders.values()
+        {e.relative: e.bytes for e in storage.list_folder(place)[1]}
+        if storage.exists(place)
+        else {}
+        for place in places
     ]
     with ThreadPoolExecutor(READERS) as pool:
         texts = sources.ahead(

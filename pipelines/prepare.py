@@ -266,12 +266,18 @@ def _is_made_from(config: PrepareConfig, folders: Mapping[int, str]) -> bool:
     return all(theirs.items() >= names.items() for theirs in made)
 
 
+_BAD_SOURCES = {kind.__name__: kind for kind in (ValueError, FileNotFoundError, PermissionError)}
+"""What a list ends with that is no failure of ours."""
+
+
 def list_tars(output: str, source: sources.Source, index: Path) -> None:
     """List a source of tars, on the cluster; the lists are kept, in case we are killed.
 
     Raises:
         ValueError: a tar is damaged, or a class has no images.
-        RuntimeError: a part could not be listed.
+        FileNotFoundError: a tar is gone.
+        PermissionError: the store refuses us.
+        StageFailed: a part could not be listed.
     """
     started = time.monotonic()
     dear = {_part_place(output, part): part for part in source.parts}
@@ -294,8 +300,7 @@ def list_tars(output: str, source: sources.Source, index: Path) -> None:
         with contextlib.closing(stop.rows(listed)) as answers:
             for row in answers:
                 if row["error"]:
-                    kind = {"ValueError": ValueError, "PermissionError": PermissionError}
-                    raise kind.get(row["kind"], RuntimeError)(row["error"])
+                    raise _BAD_SOURCES.get(row["kind"], StageFailed)(row["error"])
                 count += row["count"]
                 source.skipped.append(Counter(json.loads(row["skipped"])))
                 if pace.is_due():
@@ -335,7 +340,8 @@ def _list_parts_task(
                 for found in batches:
                     writer.write_batch(found)
     except Exception as failure:
-        kind, error = type(failure).__name__, str(failure)
+        kind = next((name for name, k in _BAD_SOURCES.items() if isinstance(failure, k)), "")
+        error = str(failure) if kind else f"a part was not listed: {_named(failure)}"
     skipped = json.dumps(sum(source.skipped, Counter()))
     return {"kind": [kind], "error": [error], "count": [len(parts)], "skipped": [skipped]}
 
@@ -478,6 +484,11 @@ def _write_shard_task(
     except PermissionError as error:
         return result | {"error": str(error), "refused": True}
     except Exception as error:
-        logger.exception("shard %d failed", number)
-        return result | {"error": f"{type(error).__name__}: {error}"}
+        if not isinstance(error, OSError):  # which says all, and comes from many at once
+            logger.exception("shard %d failed", number)
+        return result | {"error": _named(error)}
     return result | {"entry": entry.model_dump_json()}
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -279,6 +279,10 @@ def check_shard(
         digest: the file's sha256, of a caller that has just read all of it.
         encoding: what images should be stored as, to look at the first one of each row group.
         image_size: their side.
+
+    Raises:
+        PermissionError: the store refuses us.
+        StoreFailed: it cannot be reached, which is no damage.
     """
     nothing = np.zeros(0, np.int64)
     try:
@@ -293,6 +297,8 @@ def check_shard(
             groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             table = file.read(columns=["label", "id"])
             looks = [_look(file, i) for i in range(len(groups))] if encoding else []
+    except storage.StoreFailed:
+        raise
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, PermissionError) and storage.local_path(uri) is None:
             raise  # a store that refuses us does so with all shards
@@ -333,6 +339,7 @@ def verify(uri: str) -> list[str]:
     Raises:
         FileNotFoundError: the folder has no manifest.
         PermissionError: the store refuses us.
+        StoreFailed: it cannot be reached, which is no damage.
         ValueError: the manifest cannot be read.
     """
     manifest = read_manifest(uri)
@@ -386,7 +393,7 @@ def _rejected_ids(uri: str) -> np.ndarray | None:
     try:
         with storage.open_patiently(storage.join(uri, REJECTS)) as file:
             return pq.read_table(file, columns=["id"])["id"].to_numpy()
-    except PermissionError:
+    except (PermissionError, storage.StoreFailed):
         raise
     except (OSError, pa.ArrowException):
         return None

@@ -261,6 +261,17 @@ def test_going_on_keeps_what_is_valid_and_writes_the_rest(
 
 
 @pytest.mark.ray
+def test_going_on_writes_anew_what_was_deleted(prepared: Path, tree: Path, tmp_path: Path) -> None:
+    output = tmp_path / "dataset"
+    _interrupted(tree, output, 3)
+    shutil.rmtree(output / "data")
+
+    prepare.run(_config(tree, output))
+
+    assert _digests(output) == _digests(prepared)
+
+
+@pytest.mark.ray
 def test_a_worker_with_other_tools_stops_the_job_with_its_own_words(
     ray_cluster: None, tree: Path, tmp_path: Path
 ) -> None:

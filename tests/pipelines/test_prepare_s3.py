@@ -13,6 +13,7 @@ import tarfile
 import uuid
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import ray
 from PIL import Image
 
 from pipelines import job, lease, prepare, shards, sources, storage
+from pipelines.cli import main
 from pipelines.config import PrepareConfig
 from pipelines.index import Index
 
@@ -102,9 +104,12 @@ def test_a_store_that_fails_every_fourth_request_gives_equal_bytes_and_no_secret
     root = f"s3://bucket/{uuid.uuid4().hex}"
     _point_to(s3_environment, monkeypatch)
     storage.write_bytes(f"{root}/train.tar", archive)
+    faulty_store.away_after = 300  # while shards are written
 
     done = _run(f"{root}/train.tar", f"{root}/dataset", environment)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert faulty_store.seen["requests"] > 320
     assert "listing 3 of 3 tars" in done.stderr
     assert "WARNING" not in done.stderr  # Ray had one for what it could not make a column of
     assert re.search(r"shard 8/8, image 120/120, \d+ images/s, \d+\.\d MB/s, 0 rejects, 0 s left",
@@ -205,6 +210,77 @@ def test_credentials_that_expire_during_verification_are_no_damage(
         faulty_store.code_after = (faulty_store.seen["requests"] + requests, "ExpiredToken")
         with pytest.raises(PermissionError, match="have expired"):
             shards.verify(root)
+
+
+@pytest.mark.ray
+def test_a_store_that_goes_away_during_verification_is_no_damage(
+    local: Path, monkeypatch: pytest.MonkeyPatch, faulty_store: Any,
+    faulty_environment: dict[str, str], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    _point_to(faulty_environment, monkeypatch)
+    faulty_store.slow_down = faulty_store.reset = faulty_store.truncate = 0.0
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    storage.publish_folder(local, root, last=shards.MANIFEST)
+    faulty_store.away_after = faulty_store.seen["requests"] + 9  # when some have been read
+    assert shards.verify(root) == []
+
+    monkeypatch.setattr(storage, "DEADLINE_S", 0.5)
+    faulty_store.away_after = faulty_store.seen["requests"] + 9
+    assert main(["prepare", "--verify", root]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert re.search(rf"^error: {root}/data/.*(connect|closed)", errors[0])
+    assert "damaged" not in errors[0]
+
+
+@pytest.mark.ray
+def test_a_tar_that_may_not_be_listed_ends_in_one_line(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty_store: Any,
+    faulty_environment: dict[str, str], archive: bytes,
+) -> None:  # fmt: skip
+    _point_to(faulty_environment, monkeypatch)
+    faulty_store.slow_down = faulty_store.reset = faulty_store.truncate = 0.0
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
+        for member in outer:  # one tar a class
+            content = outer.extractfile(member)
+            assert content is not None
+            storage.write_bytes(f"{root}/train/{member.name}", content.read())
+    faulty_store.denied = "/n01443537.tar"
+    done = _run(f"{root}/train", f"{root}/dataset", faulty_environment)
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if "refuses" in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith(f"error: {root}/train/n01443537.tar: the store refuses")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (ValueError("a tar is damaged"), "ValueError"),
+        (FileNotFoundError(2, "no such file", "s3://bucket/a.tar"), "FileNotFoundError"),
+        (storage.ObjectRefused("the store refuses it"), "PermissionError"),
+        (storage.ShortRead(61, "it ends before the range", "s3://bucket/a.tar"), ""),
+        (storage.StoreFailed("could not connect"), ""),
+        (KeyError("unforeseen"), ""),
+    ],
+)
+def test_a_list_that_fails_is_an_error_that_the_command_line_knows(
+    failure: Exception, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(sources, "list_parts", fail)
+    part = json.dumps(sources.Part("a.tar", "a"))
+    source = sources.Files(str(tmp_path), [], [])
+    place = str(tmp_path / "list.arrow")
+    stop = SimpleNamespace(is_set=lambda: False)
+    batch = {"place": np.array([place]), "part": np.array([part])}
+    answer = prepare._list_parts_task(batch, source=source, stop=stop)  # type: ignore[arg-type]
+    assert answer["kind"] == [kind]
+    assert str(failure) in answer["error"][0]
 
 
 def test_an_empty_folder_that_the_store_keeps_is_no_stranger(
