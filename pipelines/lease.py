@@ -95,12 +95,7 @@ def claim(folder: str) -> Iterator[Lease]:
         "beat": 0,
         "released": False,
     }
-    newest = _newest(folder)
-    if newest and not _is_over(folder, newest[1]):
-        raise PermissionError(
-            f"{folder} is being written by {describe(newest[1])}: wait for it, stop it, or choose "
-            "another output. Once it is dead, the same command goes on"
-        )
+    newest = _refuse_second(folder)
     lease = Lease(folder, newest[0] + 1 if newest else 1, owner)
     try:
         storage.write_json(_place(folder, lease.number), owner, if_absent=True)
@@ -120,6 +115,34 @@ def claim(folder: str) -> Iterator[Lease]:
             if storage.exists(_place(folder, lease.number)):
                 owner["released"] = True
                 storage.write_json(_place(folder, lease.number), owner)
+
+
+@contextlib.contextmanager
+def told_first(folder: str) -> Iterator[None]:
+    """Where the block refuses what was asked for, name a writer that is at work instead.
+
+    Args:
+        folder: as for claim().
+
+    Raises:
+        PermissionError: another writer is at work; names it.
+    """
+    try:
+        yield
+    except ValueError:
+        _refuse_second(folder)
+        raise
+
+
+def _refuse_second(folder: str) -> tuple[int, dict[str, Any]] | None:
+    """The writer that counts, which is dead; None if there was none."""
+    newest = _newest(folder)
+    if newest and not _is_over(folder, newest[1]):
+        raise PermissionError(
+            f"{folder} is being written by {describe(newest[1])}: wait for it, stop it, or choose "
+            "another output. Once it is dead, the same command goes on"
+        )
+    return newest
 
 
 def describe(owner: dict[str, Any]) -> str:

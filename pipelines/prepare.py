@@ -97,22 +97,23 @@ def run(config: PrepareConfig) -> None:
     folders = folders_of(output, config.image_size)
     with tempfile.TemporaryDirectory(prefix="jit-") as temporary:
         index = Path(temporary) / INDEX_FILE
-        refuse_another(
-            output, folders, Request(**config.model_dump(include=set(Request.model_fields)))
-        )
-        done = is_finished(folders)
-        if not done:
-            refuse_strangers(output)
-        if config.dry_run:
-            plan(config, source, index, folders)
-            return
-        cheap = not any(part.key for part in source.parts)
-        remote = storage.local_path(source.root) is None
-        # ImageNet's tar has a million headers: on S3 its name is enough for what is finished.
-        if cheap or (done and not (remote and _is_made_from(config, folders))):
-            sources.write_index(source, index)
-            job = describe(config, source, index)
-            refuse_another(output, folders, job)
+        with lease.told_first(storage.join(output, WORK, "writer")):
+            refuse_another(
+                output, folders, Request(**config.model_dump(include=set(Request.model_fields)))
+            )
+            done = is_finished(folders)
+            if not done:
+                refuse_strangers(output)
+            if config.dry_run:
+                plan(config, source, index, folders)
+                return
+            cheap = not any(part.key for part in source.parts)
+            remote = storage.local_path(source.root) is None
+            # ImageNet's tar has a million headers: on S3 its name is enough for what is finished.
+            if cheap or (done and not (remote and _is_made_from(config, folders))):
+                sources.write_index(source, index)
+                job = describe(config, source, index)
+                refuse_another(output, folders, job)
         if done:
             storage.delete(storage.join(output, WORK))
             logger.info("%s is finished already", output)

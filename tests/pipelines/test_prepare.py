@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -332,6 +333,30 @@ def test_going_on_with_pictures_that_changed_is_refused(tmp_path: Path, layout: 
     with pytest.raises(ValueError, match=message):
         prepare.run(_config(source, output))
     assert _digests(output) == before
+
+
+@pytest.mark.parametrize("change", [{}, {"seed": 4}, {"encoding": "raw"}, {"image_size": 16}])
+def test_a_second_writer_hears_of_the_first_whatever_it_asks_for(
+    tree: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    output = tmp_path / "dataset"
+    _interrupted(tree, output, 1)
+    with lease.claim(str(output / "_work" / "writer")):
+        before = _digests(output)
+        message = rf"is being written by .*, process {os.getpid()} on "
+        with pytest.raises(PermissionError, match=message):
+            prepare.run(_config(tree, output, **change))
+        assert _digests(output) == before
+
+
+def test_a_second_writer_of_another_source_hears_of_the_first(tree: Path, tmp_path: Path) -> None:
+    output = tmp_path / "dataset"
+    _interrupted(tree, output, 1)
+    with (
+        lease.claim(str(output / "_work" / "writer")),
+        pytest.raises(PermissionError, match=f"process {os.getpid()} on "),
+    ):
+        prepare.run(_config(_tree(tmp_path / "other", 2), output))
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(tree: Path, tmp_path: Path) -> None:
