@@ -38,6 +38,8 @@ WORK = "_work"
 INDEX_FILE = "index.arrow"
 READERS = 16
 """Entries that are read at once."""
+COMPARED = 8
+"""Shards, and images of each, that are compared with a source that may be a copy."""
 
 HINTS = {
     "source_sha256": " (the list of images differs)",
@@ -70,8 +72,8 @@ class Job(Request):
     source_sha256: str
     """Digest of the list of images."""
     files_sha256: str
-    """Digest of what tells the source's files from later ones. Only who goes on must find them
-    unchanged: equal files elsewhere make equal shards, so no manifest holds it."""
+    """Digest of what tells the source's files from later ones. Equal files elsewhere make equal
+    shards, so no manifest holds it: it lies beside."""
     versions: dict[str, str]
     """Versions of the tools that decide bytes."""
 
@@ -139,6 +141,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def files_digest(source: sources.Source) -> str:
+    """Digest of what tells the files of a source, which was listed, from later ones."""
+    return _digest(sorted(source.versions.items()))
+
+
 def describe(config: PrepareConfig, source: sources.Source, index: Path) -> Job:
     """The job, once the source is listed."""
     listed = Index(index)
@@ -149,7 +156,7 @@ def describe(config: PrepareConfig, source: sources.Source, index: Path) -> Job:
         num_classes=len(classes),
         class_names_sha256=class_digest(classes),
         source_sha256=shards.sha256(str(index)),
-        files_sha256=_digest(sorted(source.versions.items())),
+        files_sha256=files_digest(source),
         versions=versions(),
     )
     logger.info(
@@ -196,6 +203,57 @@ def refuse_another(output: str, folders: Mapping[int, str], ours: Request) -> No
                     f"{name} {now}{HINTS.get(name, '')}: go on with what it was {verb} with, or "
                     "choose another --output"
                 )
+
+
+def refuse_changed(
+    config: PrepareConfig, source: sources.Source, index: Path, folders: Mapping[int, str]
+) -> None:
+    """Check that finished folders were made from the files that the source has now.
+
+    Files elsewhere with an equal list may be a copy: if some of their pictures are those of the
+    folder, that is a warning.
+
+    Raises:
+        ValueError: the files of the same source have changed since, or those elsewhere are others.
+    """
+    now = files_digest(source)
+    for size, folder in folders.items():
+        place = storage.join(folder, shards.SOURCE)
+        then = storage.read_json(place)["files_sha256"] if storage.exists(place) else now
+        if then == now:
+            continue
+        manifest = shards.read_manifest(folder)
+        made_from = manifest.config["source"]
+        if made_from == config.source:
+            raise ValueError(
+                f"{folder} was made when {config.source} had files_sha256 {then}, and this is "
+                f"files_sha256 {now}{HINTS['files_sha256']}: choose another --output, or leave it "
+                "as it is if the pictures are the same"
+            )
+        other = _other_picture(folder, manifest, size, source.root, Index(index))
+        if other:
+            raise ValueError(
+                f"{folder} was made from {made_from}, and {config.source} holds other pictures, "
+                f"such as {other}: choose another --output"
+            )
+        logger.warning(
+            "%s was made from %s; the files of %s have other times of change, but the same names, "
+            "sizes and, as far as some were compared, pictures: they are taken for a copy",
+            folder, made_from, config.source,
+        )  # fmt: skip
+
+
+def _other_picture(folder: str, manifest: Manifest, size: int, root: str, index: Index) -> str:
+    """One of some images of a dataset that is another one in the source; empty if none is."""
+    for info in manifest.shards[:: -(-len(manifest.shards) // COMPARED)]:
+        stored = shards.first_images(storage.join(folder, info.file), COMPARED)
+        refs = index.refs([i for i, _ in stored])
+        for i, image in sources.read_images(root, refs):
+            (found,) = crops(image, refs[i].label, len(manifest.classes), [size])
+            kept = images.decode_pixels(stored[i][1])
+            if isinstance(found, images.BadImage) or not np.array_equal(found, kept):
+                return refs[i].path
+    return ""
 
 
 def _shown(value: Any) -> Any:
@@ -435,6 +493,8 @@ def _publish(
     sheet = contact_sheet(manifest, folder, sorted(totals.sheet))
     storage.write_bytes(storage.join(folder, shards.CONTACT_SHEET), sheet)
     storage.write_bytes(storage.join(folder, shards.CARD), card(manifest).encode())
+    files = {"files_sha256": job.files_sha256}
+    storage.write_json(storage.join(folder, shards.SOURCE), files)
     for place in (folder, storage.join(folder, "data")):
         for left in storage.list_folder(place)[1]:  # by whoever was killed while writing
             if left.relative.startswith(storage.TEMPORARY):

@@ -65,6 +65,7 @@ from pipelines.job import (
     output_of,
     publish,
     refuse_another,
+    refuse_changed,
     refuse_strangers,
     write_shard,
 )
@@ -114,6 +115,8 @@ def run(config: PrepareConfig) -> None:
                 sources.write_index(source, index)
                 job = describe(config, source, index)
                 refuse_another(output, folders, job)
+            if done:
+                refuse_changed(config, source, index, folders)
         if done:
             storage.delete(storage.join(output, WORK))
             logger.info("%s is finished already", output)
@@ -221,6 +224,8 @@ def plan(
     classes = classes_of(source, listed)
     if len(sampled.parts) == len(parts):
         refuse_another(output_of(folders), folders, describe(config, source, index))
+        if is_finished(folders):
+            refuse_changed(config, source, index, folders)
     else:
         logger.info(
             "%s: about %d images of %d classes -> %d shards of %d",

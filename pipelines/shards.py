@@ -1,7 +1,8 @@
 """The dataset folder: schema of its shards, its manifest, and how both are checked.
 
 A dataset folder is manifest.json, which is written last and without which the folder does not
-exist for readers; data/train-00042-of-01280.parquet; rejects.parquet; README.md; contact.png.
+exist for readers; data/train-00042-of-01280.parquet; rejects.parquet; README.md; contact.png;
+source.json, by which the files that it was made from are told from later ones.
 
 A row is {image: struct<bytes, path>, label, id}: the Hub's image convention, so that
 `datasets.load_dataset` shows pictures and class names, and the image's position in the sorted
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 CONTACT_SHEET = "contact.png"
 CARD = "README.md"
+SOURCE = "source.json"
 READERS = 8
 """Shards that verification reads at once."""
 GROUP_BYTES = 2**26
@@ -251,6 +253,16 @@ def read_images(uri: str, labels: Sequence[int]) -> Iterator[tuple[int, bytes]]:
                 column = file.read_row_group(group, columns=["image.bytes"])["image"]
                 for row in rows.tolist():
                     yield int(label[row]), column[row]["bytes"].as_py()
+
+
+def first_images(uri: str, count: int) -> list[tuple[int, bytes]]:
+    """Id and image of the first rows of a shard."""
+    with storage.honest_errors(uri), storage.open_patiently(uri) as source:
+        file = pq.ParquetFile(source, pre_buffer=False)
+        for batch in file.iter_batches(count, columns=["id", "image.bytes"]):
+            stored = batch["image"].field("bytes")
+            return list(zip(batch["id"].to_pylist(), stored.to_pylist(), strict=True))
+    return []
 
 
 class Check(NamedTuple):

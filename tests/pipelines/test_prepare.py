@@ -21,6 +21,7 @@ from PIL import Image
 from pipelines import images, job, lease, prepare, shards, sources, storage
 from pipelines.config import PrepareConfig, load_preset, preset_names
 from pipelines.deal import ids_at, permutation, permuted
+from pipelines.index import Index
 from pipelines.job import Job
 
 COLOURS = ["blue", "green", "red"]
@@ -312,20 +313,29 @@ def test_going_on_with_another_config_is_refused_with_both_values(
     assert _digests(output) == before
 
 
-@pytest.mark.parametrize("layout", ["tree", "parquet"])
-def test_going_on_with_pictures_that_changed_is_refused(tmp_path: Path, layout: str) -> None:
-    output = tmp_path / "dataset"
+def _replaceable(tmp_path: Path, layout: str) -> tuple[Path, Path, bytes]:
+    """A source, a file of it, and as many bytes that hold other pictures."""
     if layout == "tree":
         source = _tree(tmp_path / "tree", 8)
         changed = source / "red" / "000.png"
-        content = _photo(7)[: changed.stat().st_size].ljust(changed.stat().st_size, b"\0")
-    else:
-        source = changed = tmp_path / "a.parquet"
-        tables = [pa.table([[_photo(k), _photo(k + 9)] * 20, [0, 1] * 20], names=["image", "label"])
-                  for k in (0, 18)]  # fmt: skip
-        pq.write_table(tables[1], changed, compression="none")
-        content = changed.read_bytes()
-        pq.write_table(tables[0], changed, compression="none")
+        size = changed.stat().st_size
+        return source, changed, _photo(7)[:size].ljust(size, b"\0")
+    place = tmp_path / "a.parquet"
+    found = []
+    for k in (0, 18):
+        photos = [_photo(k).ljust(6000, b"\0"), _photo(k + 9).ljust(6000, b"\0")] * 20
+        table = pa.table([photos, [0, 1] * 20], names=["image", "label"])
+        pq.write_table(table, place, compression="none", use_dictionary=False)
+        found.append(place.read_bytes())
+    assert len(found[0]) == len(found[1])
+    place.write_bytes(found[0])
+    return place, place, found[1]
+
+
+@pytest.mark.parametrize("layout", ["tree", "parquet"])
+def test_going_on_with_pictures_that_changed_is_refused(tmp_path: Path, layout: str) -> None:
+    output = tmp_path / "dataset"
+    source, changed, content = _replaceable(tmp_path, layout)
     _interrupted(source, output, 1)
     before = _digests(output)
     changed.write_bytes(content)
@@ -333,6 +343,65 @@ def test_going_on_with_pictures_that_changed_is_refused(tmp_path: Path, layout: 
     with pytest.raises(ValueError, match=message):
         prepare.run(_config(source, output))
     assert _digests(output) == before
+
+
+def _finished(source: Path, output: Path) -> None:
+    """A finished folder, made without Ray."""
+    asked = _interrupted(source, output, 1)
+    opened = sources.open_source(str(source))
+    config, folders = _config(source, output), {32: str(output)}
+    classes = job.classes_of(opened, Index(output / "_work" / "index.arrow"))
+    for number in range(asked.num_shards):
+        job.write_shard(number, folders, opened.root, classes, asked)
+    job.publish(folders, classes, asked, config)
+    storage.delete(str(output / "_work"))
+
+
+@pytest.mark.parametrize("layout", ["tree", "parquet"])
+def test_what_is_finished_of_pictures_that_changed_is_not_called_finished(
+    tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, copied = tmp_path / "dataset", tmp_path / "elsewhere"
+    source, changed, content = _replaceable(tmp_path, layout)
+    _finished(source, output)
+    copied.mkdir()
+    copy = copied / source.name
+    if layout == "tree":
+        shutil.copytree(source, copy, copy_function=shutil.copyfile)
+    else:
+        shutil.copyfile(source, copy)
+    before = _digests(output)
+    with caplog.at_level("INFO"):
+        prepare.run(_config(copy, output))
+    assert "have other times of change, but the same names, sizes and" in caplog.text
+    assert "is finished already" in caplog.text
+
+    changed.write_bytes(content)
+    for dry_run in (False, True):
+        message = r"was made when .* had files_sha256 \w+, and this is files_sha256 \w+ \(files of"
+        with pytest.raises(ValueError, match=message):
+            prepare.run(_config(source, output, dry_run=dry_run))
+    assert _digests(output) == before
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (1, r"was made with source_sha256 .*\(the list of images differs\)"),  # of other lengths
+        (18, r"was made from .*a\.parquet, and .*b/a\.parquet holds other pictures, such as a\."),
+    ],
+)
+def test_parquet_of_other_pictures_with_the_same_labels_is_another_source(
+    tmp_path: Path, seed: int, message: str
+) -> None:
+    source, output, other = tmp_path / "a.parquet", tmp_path / "dataset", tmp_path / "b"
+    other.mkdir()
+    for k, place in ((0, source), (seed, other / "a.parquet")):
+        photos = [_photo(k + i) for i in range(8)]
+        pq.write_table(pa.table([photos, [0, 1] * 4], names=["image", "label"]), place)
+    _finished(source, output)
+    with pytest.raises(ValueError, match=message):
+        prepare.run(_config(other / "a.parquet", output))
 
 
 @pytest.mark.parametrize("change", [{}, {"seed": 4}, {"encoding": "raw"}, {"image_size": 16}])

@@ -24,7 +24,7 @@ from PIL import Image
 from pipelines import storage
 from tests.processes import descendants
 
-NUM_FILES = 8 + 4  # shards, manifest, rejects, card and sheet
+NUM_FILES = 8 + 5  # shards, manifest, rejects, card, sheet and what tells the source's files
 
 
 @pytest.fixture(scope="module")

@@ -84,8 +84,9 @@ def _run(
 
 
 def _digests(output: str) -> dict[str, str]:
-    """Digests of all files but the manifest, and the manifest's fingerprint."""
-    files = [f for f in storage.list_files(output) if f.relative != shards.MANIFEST]
+    """Digests of what does not depend on where the source is, and the manifest's fingerprint."""
+    elsewhere = (shards.MANIFEST, shards.SOURCE)
+    files = [f for f in storage.list_files(output) if f.relative not in elsewhere]
     digests = {f.relative: hashlib.sha256(storage.read_bytes(f.uri)).hexdigest() for f in files}
     return digests | {"fingerprint": shards.read_manifest(output).fingerprint}
 
