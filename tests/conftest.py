@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.seaweed import serve_s3
 
 # Set before anything imports ray or torch, and inherited by every worker process.
 os.environ |= {
@@ -132,61 +130,11 @@ def ray_cluster() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _ports(count: int) -> list[int]:
-    """Free ports whose number plus 10,000, which SeaweedFS takes for gRPC, is a port as well."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        if port < 55_000 and port not in found:
-            found.append(port)
-    return found
-
-
 @pytest.fixture(scope="session")
 def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A real S3 server (SeaweedFS) with the bucket s3://bucket; what leads a process to it."""
-    import boto3
-
-    folder = tmp_path_factory.mktemp("weed")
-    key, secret = "tester", "a-secret-of-this-test"
-    identity = {"name": "t", "credentials": [{"accessKey": key, "secretKey": secret}]}
-    identity["actions"] = ["Admin", "Read", "List", "Tagging", "Write"]
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    s3, master, volume, filer = _ports(4)
-    command = [
-        str(Path(sys.executable).parent / "weed"), "server", "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1", f"-dir={folder}", "-s3", f"-s3.port={s3}",
-        f"-s3.config={folder / 's3.json'}", f"-master.port={master}", f"-volume.port={volume}",
-        f"-filer.port={filer}", "-volume.max=20", "-master.volumeSizeLimitMB=64",
-        "-s3.port.lance=0", "-s3.port.iceberg=0",  # their ports are fixed ones
-    ]  # fmt: skip
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        client = boto3.client(
-            "s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id=key,
-            aws_secret_access_key=secret, region_name="us-east-1",
-        )  # fmt: skip
-        for attempt in range(60):
-            try:
-                client.create_bucket(Bucket="bucket")
-                break
-            except Exception:
-                assert process.poll() is None, (folder / "log").read_text()[-2000:]
-                assert attempt < 59, "SeaweedFS did not start"
-                time.sleep(0.5)
+    with serve_s3(tmp_path_factory.mktemp("weed")) as environment:
         yield environment
-    finally:
-        process.kill()  # asked to stop, it takes half a minute
-        process.wait()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Preparation on real photographs: encodings, two workers against a bare loop, memory, the index.
+"""Preparation on real photographs: encodings, speed beside a bare loop, memory, index, requests.
 
 Needs the photographs of the tests. The bare loop is one process that decodes, crops and encodes;
 what Ray, Parquet, digests and publishing cost beyond it is the efficiency. 5 GB of disk are taken
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines import images, sources
+from pipelines import images, sources, storage, tars
 from pipelines.index import Index
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "imagenet-sample"
@@ -35,6 +35,9 @@ ROUNDS = 3
 PASSES = 5  # over the photographs, for a bare loop
 COPIES = {256: 120, 512: 60}  # of the photographs, for the steady state: 24 and 12 full shards
 REFERENCES = (1_000, 10_000, 100_000)
+LISTED = (100_000, 400_000)  # references, without Ray
+PROJECTED = 10**7
+REQUESTED = 5_000  # members of a tar on S3
 INNER_TARS, MEMBERS, MEMBER_BYTES = 1_000, 1_281, 110_000
 
 try:
@@ -47,7 +50,8 @@ def run() -> dict:
     if not PHOTOGRAPHS.is_dir():
         sys.exit(f"needs the real photographs at {PHOTOGRAPHS}")
     parts: dict[str, Callable[[], dict]] = {
-        "encodings": encodings, "efficiency": efficiency, "memory": memory, "index": index
+        "encodings": encodings, "efficiency": efficiency, "memory": memory, "lists": lists,
+        "index": index, "requests": requests,
     }  # fmt: skip
     wanted = os.environ.get("PARTS", "").split() or list(parts)
     return {"tables": [parts[name]() for name in wanted]}
@@ -246,8 +250,8 @@ def memory() -> dict:
         per_reference = (rows[-1]["driver MB"] - rows[0]["driver MB"]) / (
             REFERENCES[-1] - REFERENCES[0]
         )
-        projected = rows[-1]["driver MB"] + per_reference * (10**7 - REFERENCES[-1])
-        rows.append({"what": "10,000,000 references, projected", "driver MB": round(projected),
+        projected = rows[-1]["driver MB"] + per_reference * (PROJECTED - REFERENCES[-1])
+        rows.append({"what": f"{PROJECTED:,} references, projected", "driver MB": round(projected),
                      "worker MB": "", "seconds": ""})  # fmt: skip
         tree = tree_of(folder / "full", 11)
         got = prepared(tree, folder / "o256", image_size=256)
@@ -263,6 +267,68 @@ def memory() -> dict:
         got = prepared(one_page(folder / "page"), folder / "opage", image_size=512)
         rows.append(_memory_row("Parquet, the largest page that is read (a dictionary)", got))
     return {"title": "Most memory (resident, MB)", "rows": rows}
+
+
+LISTER = """
+import sys, tempfile
+from pathlib import Path
+from pipelines import job, sources
+from pipelines.config import PrepareConfig
+config = PrepareConfig(source=sys.argv[1], classes=sys.argv[2])
+source = sources.open_source(config.source, config.classes)
+with tempfile.TemporaryDirectory() as folder:
+    index = Path(folder) / "index"
+    sources.write_index(source, index)
+    assert job.describe(config, source, index).num_images == int(sys.argv[3])
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
+
+
+def lists() -> dict:
+    """The peak of a process that makes a driver's list, and a straight line through two of them."""
+    layouts: dict[str, Callable[[Path, int], tuple[Path, str]]] = {
+        "a folder for each 1,000": _folders,
+        "all in one folder": _one_folder,
+        "all in one tar": _flat_tar,
+    }
+    rows = []
+    for what, make in layouts.items():
+        peaks = []
+        for count in LISTED:
+            with tempfile.TemporaryDirectory() as name:
+                source, classes = make(Path(name), count)
+                command = [sys.executable, "-c", LISTER, str(source), classes, str(count)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            peaks.append(int(done.stdout) / 1024)
+        slope = (peaks[1] - peaks[0]) / (LISTED[1] - LISTED[0])
+        row = {"what": what}
+        row |= {f"{n:,}": round(peak) for n, peak in zip(LISTED, peaks, strict=True)}
+        rows.append(row | {f"{PROJECTED:,}": round(peaks[1] + slope * (PROJECTED - LISTED[1]))})
+    return {"title": "The driver's list alone, without Ray (resident, MB); the last column is "
+            "projected", "rows": rows}  # fmt: skip
+
+
+def _folders(folder: Path, count: int) -> tuple[Path, str]:
+    """One folder of 1,000 empty files, under many names."""
+    _one_folder(folder / "files", 1_000)
+    (folder / "tree").mkdir()
+    for i in range(count // 1_000):
+        (folder / "tree" / f"{i:05d}").symlink_to(folder / "files" / "a")
+    return folder / "tree", ""
+
+
+def _one_folder(folder: Path, count: int) -> tuple[Path, str]:
+    (folder / "a").mkdir(parents=True)
+    for i in range(count):
+        os.mknod(folder / "a" / f"{i:08d}.JPEG")
+    return folder, ""
+
+
+def _flat_tar(folder: Path, count: int) -> tuple[Path, str]:
+    with (folder / "flat.tar").open("wb") as file:
+        for i in range(count):
+            file.write(tarfile.TarInfo(f"{i:08d}.JPEG").tobuf(tarfile.GNU_FORMAT))
+    return folder / "flat.tar", "one"
 
 
 HUGE: dict[str, tuple[str, float, dict]] = {
@@ -382,6 +448,38 @@ def index() -> dict:
             rows.append(row)
             assert len(Index(Path(name) / "index")) == INNER_TARS * MEMBERS
     return {"title": "Index of a tar of ImageNet's real size, local disk", "rows": rows}
+
+
+def requests() -> dict:
+    """What a request to S3 costs this side: headers of a tar, and its images."""
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from tests.seaweed import serve_s3
+
+    with tempfile.TemporaryDirectory() as name, serve_s3(Path(name)) as environment:
+        os.environ |= environment
+        with (Path(name) / "flat.tar").open("wb") as file:
+            for i in range(REQUESTED):  # each longer than what is read with its header
+                info = tarfile.TarInfo(f"{i:08d}.JPEG")
+                info.size = 2 * tars.WINDOW
+                file.write(info.tobuf(tarfile.GNU_FORMAT) + bytes(info.size))
+        storage.write_bytes("s3://bucket/flat.tar", (Path(name) / "flat.tar").read_bytes())
+        source = sources.open_source("s3://bucket/flat.tar", "one")
+        rows = []
+        for what, call in (
+            ("headers of a tar", lambda: sources.write_index(source, Path(name) / "index")),
+            ("images of a tar", lambda: _read_all(source.root, Index(Path(name) / "index"))),
+        ):
+            started, before = time.perf_counter(), time.process_time()
+            assert call() == REQUESTED
+            used, took = time.process_time() - before, time.perf_counter() - started
+            rows.append({"what": what, "requests": REQUESTED, "ms of a core, each":
+                         round(1e3 * used / REQUESTED, 2), "seconds": round(took, 1)})  # fmt: skip
+    return {"title": "Requests to SeaweedFS beside us: what they cost the client", "rows": rows}
+
+
+def _read_all(root: str, index: Index) -> int:
+    read = sources.read_images(root, index.refs(range(len(index))))
+    return sum(isinstance(image, bytes) for _, image in read)
 
 
 def _list(source: sources.Source, part: sources.Part) -> list:
