@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines import images, sources, storage, tars
+from pipelines import images, sources, storage
 from pipelines.index import Index
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "imagenet-sample"
@@ -37,7 +37,7 @@ COPIES = {256: 120, 512: 60}  # of the photographs, for the steady state: 24 and
 REFERENCES = (1_000, 10_000, 100_000)
 LISTED = (100_000, 400_000)  # references, without Ray
 PROJECTED = 10**7
-REQUESTED = 5_000  # members of a tar on S3
+REQUESTED = 2_000  # members of a tar on S3
 INNER_TARS, MEMBERS, MEMBER_BYTES = 1_000, 1_281, 110_000
 
 try:
@@ -452,16 +452,16 @@ def index() -> dict:
 
 def requests() -> dict:
     """What a request to S3 costs this side: headers of a tar, and its images."""
-    sys.path.append(str(Path(__file__).resolve().parents[2]))
-    from tests.seaweed import serve_s3
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from seaweed import serve_s3
 
     with tempfile.TemporaryDirectory() as name, serve_s3(Path(name)) as environment:
         os.environ |= environment
         with (Path(name) / "flat.tar").open("wb") as file:
-            for i in range(REQUESTED):  # each longer than what is read with its header
+            for i in range(REQUESTED):
                 info = tarfile.TarInfo(f"{i:08d}.JPEG")
-                info.size = 2 * tars.WINDOW
-                file.write(info.tobuf(tarfile.GNU_FORMAT) + bytes(info.size))
+                info.size = MEMBER_BYTES
+                file.write(info.tobuf(tarfile.GNU_FORMAT) + bytes(-(-info.size // 512) * 512))
         storage.write_bytes("s3://bucket/flat.tar", (Path(name) / "flat.tar").read_bytes())
         source = sources.open_source("s3://bucket/flat.tar", "one")
         rows = []
