@@ -29,7 +29,7 @@ from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from ray.serve import Application
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from pipelines.config import DeployConfig, ServeConfig
 from pipelines.guard import is_loopback
@@ -208,17 +208,53 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def apply(document: dict[str, Any], config: DeployConfig) -> None:
-    """Hands the Serve config to the cluster and waits until it is carried out."""
+    """Hands the Serve config to the cluster and waits until it is carried out.
+
+    Raises:
+        ValueError: Serve listens elsewhere, so that the config cannot be carried out.
+        RuntimeError: as `wait`.
+    """
     client = ServeSubmissionClient(config.address)
+    found = ServeDeploySchema.model_validate(document)  # with what Ray takes for left-out keys
+    check_running(client.get_serve_details(), found)
     client.deploy_applications(document)
     wait(lambda: client.get_serve_details()["applications"], config.deploy_timeout_s)
-    found = ServeDeploySchema.model_validate(document)  # with what Ray takes for left-out keys
     logger.info(
         "deployed: it listens on %s:%s of %s",
         found.http_options.host,
         found.http_options.port,
         "every node" if found.proxy_location == "EveryNode" else "the head node",
     )
+
+
+def check_running(details: dict[str, Any], wanted: ServeDeploySchema) -> None:
+    """Compares how the Serve that runs listens with what is wanted; Ray would keep the former.
+
+    The keys of the config would be taken over all the same: meant for loopback, none at all may
+    open an address that others reach.
+
+    Args:
+        details: what the cluster says about its Serve.
+        wanted: a config that is right in itself.
+
+    Raises:
+        ValueError: they differ; naming both.
+    """
+    if not details.get("http_options"):
+        return  # none runs
+    runs = HTTPOptionsSchema.model_validate(details["http_options"])
+    pairs = {"proxy_location": (details.get("proxy_location"), wanted.proxy_location.value)}
+    for name in ("host", "port", "root_path", "request_timeout_s"):
+        pairs[name] = getattr(runs, name), getattr(wanted.http_options, name)
+    different = [
+        f"{name} {now} instead of {new}" for name, (now, new) in pairs.items() if now != new
+    ]
+    if different:
+        raise ValueError(
+            f"Serve already runs there, with {', '.join(different)}, which Ray changes in no Serve "
+            f"that runs: say --host {runs.host} --port {runs.port} and the --timeout-s of before, "
+            "or stop it with `serve shutdown` first"
+        )
 
 
 def wait(applications: Callable[[], dict[str, Any]], timeout_s: float) -> None:

@@ -147,6 +147,27 @@ def test_keys_that_ray_has_defaults_for_may_be_left_out(
     assert "127.0.0.1:8000 of every node" in caplog.text
 
 
+def test_a_serve_that_listens_elsewhere_is_not_given_the_keys_of_another_address(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+):
+    found = printed(capsys, str(artifact))
+    wanted = ServeDeploySchema.model_validate(found)
+    runs = {"proxy_location": "HeadOnly", "http_options": found["http_options"]}
+    open_to_all = {"proxy_location": "EveryNode", "http_options": {"host": "0.0.0.0"}}
+
+    deploy.check_running({"applications": {}}, wanted)  # no Serve runs
+    deploy.check_running(runs, wanted)
+    for change, said in (
+        ({"host": "127.0.0.2"}, "host 127.0.0.2 instead of 127.0.0.1"),
+        ({"port": 18942}, "say --host 127.0.0.1 --port 18942"),
+        ({"request_timeout_s": 9.0}, "request_timeout_s 9.0 instead of 135.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            deploy.check_running(runs | {"http_options": found["http_options"] | change}, wanted)
+    with pytest.raises(ValueError, match="EveryNode instead of HeadOnly, host 0"):
+        deploy.check_running(open_to_all, wanted)
+
+
 def test_an_open_address_without_keys_and_a_damaged_artifact_are_refused(
     artifact: Path, capsys: pytest.CaptureFixture[str]
 ):
