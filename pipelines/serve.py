@@ -33,6 +33,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+# Read when Ray is imported: a line of JSON on standard error for each request, all of them, as
+# they were written. Ray would drop those that differ in digits only, and put a name before each.
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")
+
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
