@@ -557,6 +557,9 @@ class ServeConfig(StageConfig):
     """How long there must be too many requests before another replica starts."""
     cpus: PositiveInt = 1
     """CPUs of a replica; its network computes with them where there is no GPU."""
+    metrics_port: int = Field(0, ge=0, le=65535)
+    """Port on which Prometheus finds the metrics of `jit serve`; 0: a free one, which the log
+    names. A cluster that runs has its own."""
 
     @model_validator(mode="after")
     def _a_request_fits_the_queue(self) -> Self:

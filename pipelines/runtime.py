@@ -33,12 +33,15 @@ OBJECT_STORE_BYTES = 2 * 2**30
 """Most shared memory that a local cluster may take: the rooms hand each other files."""
 
 
-def connect() -> None:
+def connect(*, metrics_port: int = 0) -> None:
     """Connect this process to Ray, once; calling it again changes nothing.
 
     A cluster that is joined already stays. Otherwise RAY_ADDRESS names one: a submitted job has
     it, and on a head node it is `auto`. Without it, a local cluster of all CPUs and GPUs starts,
     and ends with this process.
+
+    Args:
+        metrics_port: where a local cluster tells Prometheus its metrics; 0: on a free port.
 
     Raises:
         ConnectionError: RAY_ADDRESS names a cluster that does not answer.
@@ -53,11 +56,11 @@ def connect() -> None:
     # Ray turns authentication on by itself; without this it would leave a token in the home folder.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    start_local()
+    start_local(metrics_port)
     logger.info("started a local Ray cluster: %s", resources())
 
 
-def start_local() -> None:
+def start_local(metrics_port: int) -> None:
     """Start a cluster of this machine, and try again where it was too busy to answer.
 
     A node gives up when one of its own processes takes more than 15 seconds to say its port, which
@@ -68,6 +71,7 @@ def start_local() -> None:
             ray.init(
                 address="local",
                 include_dashboard=False,
+                _metrics_export_port=metrics_port,
                 logging_level=logging.WARNING,
                 object_store_memory=min(OBJECT_STORE_BYTES, _memory_bytes() * 3 // 10),
             )

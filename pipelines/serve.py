@@ -39,6 +39,7 @@ import torch
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")
 
+import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
@@ -103,9 +104,11 @@ def serving(config: ServeConfig) -> Iterator[str]:
     info = check(config)
     if not config.port:
         config = config.model_copy(update={"port": free_port(config)})
-    check_port(config)
+    check_port(config.host, config.port, "--port")
+    if config.metrics_port:
+        check_port("", config.metrics_port, "--metrics-port")
     os.environ.setdefault(*PROXY_CALLBACK)  # before Ray starts: its processes inherit it
-    runtime.connect()
+    runtime.connect(metrics_port=config.metrics_port)
     check_cluster(config)
     if serve.status().proxies:
         raise ValueError(
@@ -113,7 +116,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
             "`serve shutdown`, or name another cluster in RAY_ADDRESS"
         )
     url = url_of(config)
-    logger.info("starting %s", describe(info))
+    logger.info("starting %s; metrics for Prometheus at %s", describe(info), metrics_url())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
@@ -227,6 +230,11 @@ def check_cluster(config: ServeConfig) -> None:
     Raises:
         ValueError: the cluster is too small for the replicas; Serve would wait for ever.
     """
+    if config.metrics_port and os.environ.get("RAY_ADDRESS"):
+        raise ValueError(
+            f"--metrics-port {config.metrics_port} is for a Ray of this server's own: the cluster "
+            "at RAY_ADDRESS has its ports already; leave it out"
+        )
     found = runtime.capacity()
     needs = {"CPU": config.cpus * config.replicas, "GPU": config.replicas * has_gpu()}
     for kind, need in needs.items():
@@ -237,18 +245,18 @@ def check_cluster(config: ServeConfig) -> None:
             )
 
 
-def check_port(config: ServeConfig) -> None:
+def check_port(host: str, port: int, option: str) -> None:
     """Refuses a port that somebody listens on.
 
     Raises:
         ValueError: naming the address.
     """
     try:
-        bound_port(config.host, config.port)
+        bound_port(host, port)
     except OSError as error:
         raise ValueError(
-            f"cannot listen on {config.host}:{config.port} ({error.strerror}): choose another "
-            "--port, or 0 for a free one"
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another {option}, or 0 "
+            "for a free one"
         ) from error
 
 
@@ -270,6 +278,14 @@ def url_of(config: ServeConfig) -> str:
     """Where a person on this machine finds the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+
+
+def metrics_url() -> str:
+    """Where Ray's agent of this node tells Prometheus the metrics of every process on it."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    (node,) = (node for node in nodes if node["NodeID"] == here)
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 def describe(info: ArtifactInfo) -> str:

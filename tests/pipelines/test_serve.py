@@ -140,6 +140,9 @@ def test_a_port_in_use_and_a_request_that_never_fits_are_refused(
         assert f"cannot listen on 127.0.0.1:{port}" in error_of(
             capsys, str(artifact), "--port", port
         )
+        assert "choose another --metrics-port" in error_of(
+            capsys, str(artifact), "--port", "0", "--metrics-port", port
+        )
     with pytest.raises(ValueError, match="max_images 16 exceeds slots 8 \\+ max_queue 4"):
         ServeConfig(max_queue=4)
 

@@ -250,6 +250,31 @@ def test_a_replica_killed_under_load_costs_at_most_a_clear_503(artifact: Path, t
 
 
 @pytest.mark.slow
+def test_each_request_to_two_replicas_is_a_line_of_json_and_counted_at_the_port_of_the_log(
+    artifact: Path, tmp_path: Path
+):
+    log = tmp_path / "log"
+    with jit_serve(artifact, log, "--replicas", "2") as (url, _):
+        asked = {"prompt": "0", "num_inference_steps": 2}
+        for _ in range(40):
+            assert httpx.post(url + PATH, json=asked, timeout=60).status_code == 200
+        (metrics,) = re.findall(r"metrics .* at (http://\S+)", log.read_text())
+
+        def drawn() -> list[dict[str, object]]:
+            lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
+            return [record for record in map(json.loads, lines) if record["path"] == PATH]
+
+        def counted() -> float:
+            text = httpx.get(metrics).text
+            found = re.findall(r'^ray_jit_requests_total\{.*status="200".*\} (\S+)', text, re.M)
+            return sum(map(float, found))
+
+        wait_until("every request is logged", lambda: len(drawn()) == 40, 30)
+        wait_until("every request is counted", lambda: counted() == 40, 30)
+    assert {record["status"] for record in drawn()} == {200}
+
+
+@pytest.mark.slow
 def test_memory_is_flat_at_ten_times_capacity_through_ray(artifact: Path, tmp_path: Path):
     asked = {"prompt": "0", "num_inference_steps": 150}
     argv = ("--slots", "4", "--max-queue", "28", "--timeout-s", "5")
@@ -274,7 +299,10 @@ def test_memory_is_flat_at_ten_times_capacity_through_ray(artifact: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_long_queue_starts_a_second_replica_which_draws_too(artifact: Path, tmp_path: Path):
+def test_a_long_queue_starts_a_second_replica_which_draws_too(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_DISABLE_WORKER_LOG_PREFIX", "0")  # the log tells which replica drew
     log = tmp_path / "log"
     argv = ("--slots", "2", "--max-replicas", "2", "--upscale-delay-s", "1")
     with jit_serve(artifact, log, *argv) as (url, _):
