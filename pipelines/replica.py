@@ -10,6 +10,7 @@ because Ray sends a replica no requests meanwhile.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -21,8 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from fastapi import FastAPI
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.util import metrics
 
 from jitmodel.artifact import (
@@ -49,6 +52,8 @@ logger = logging.getLogger(__name__)
 GAUGE_PERIOD_S = 1.0
 KEPT_ARTIFACTS = 3
 """Copies of artifacts that a machine keeps, of those that it served last."""
+KEPT_NOTES = 100
+"""Servers of which a machine still knows what they served last."""
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
@@ -83,7 +88,10 @@ class Server:
         """Serves something else from now on; called by Ray Serve."""
         self.wanted = wanted = Wanted.model_validate(user_config)
         if self.live.current is None:
-            self.live.current = await asyncio.to_thread(load, self.config, wanted)
+            service, refused = await asyncio.to_thread(begin, self.config, wanted)
+            self.live.current, self.live.refused = service, refused
+            if refused is not None:
+                self.meter.reloads.inc(tags={"result": "refused"})
             self.meter.watch(self.live)
             return
         task = asyncio.create_task(self.replace(wanted))
@@ -202,6 +210,59 @@ def wanted_artifact(wanted: Wanted) -> tuple[Path, ArtifactInfo]:
         return opened(str(copy), wanted.weights_sha256)
 
 
+def last_served() -> Path:
+    """File in which a machine notes the weights that the Serve that runs served last.
+
+    Each Serve has its own, so that what another server on the machine draws is never taken for
+    what this one drew; without Serve, all have the same.
+    """
+    owner = ""
+    if ray.is_initialized():
+        with contextlib.suppress(ValueError):  # no Serve runs
+            owner = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)._actor_id.hex()
+    return storage.cache_folder() / "served" / f".last-{owner}"
+
+
+def note(weights_sha256: str) -> None:
+    """Notes that these weights are served, if this machine keeps them."""
+    if not kept(weights_sha256).exists():
+        return
+    file = last_served()
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+            temporary.write(weights_sha256)
+        Path(temporary.name).replace(file)
+        notes = sorted(file.parent.glob(".last-*"), key=lambda f: f.stat().st_mtime)
+        for old in notes[:-KEPT_NOTES]:
+            old.unlink(missing_ok=True)
+    except OSError as error:  # it is served all the same
+        logger.warning("%s does not say what is served: %s", file, error)
+
+
+def begin(config: ServeConfig, wanted: Wanted) -> tuple[Service, str | None]:
+    """What a replica begins with: what is wanted, or else what its server served here last.
+
+    Where an artifact was refused, the replicas that were there go on with the one before, and so
+    shall one that takes the place of a dead one.
+
+    Returns:
+        The service, and why the artifact was refused; None if it was not.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`; and nothing was served here before.
+    """
+    try:
+        return load(config, wanted), None
+    except Exception as error:
+        file = last_served()
+        last = file.read_text() if file.exists() else ""
+        if last in ("", wanted.weights_sha256) or not kept(last).exists():
+            raise
+        logger.error("the artifact is refused, the one before goes on: %s", error)
+        before = wanted.model_copy(update={"model": str(kept(last)), "weights_sha256": last})
+        return load(config, before), f"{wanted.model}: {error}"
+
+
 def try_out(engine: Engine, info: ArtifactInfo, uri: str) -> None:
     """Draws one image, in two steps, with an engine that has not been started.
 
@@ -250,6 +311,7 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
     engine.warm_up()
     try_out(engine, info, wanted.model)
     keep(folder, info)
+    note(info.weights_sha256)
     engine.start()
     return Service(
         engine=engine,

@@ -15,6 +15,7 @@ import torch
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ModelConfig, SamplerConfig
 from jitmodel.model import JiT
+from pipelines import replica
 from pipelines.config import ServeConfig
 from pipelines.replica import Server
 
@@ -151,8 +152,40 @@ def test_a_replica_starts_again_though_its_artifact_was_damaged_meanwhile(tmp_pa
     for seed in range(2, 5):  # the copies are few, and of what was served last
         make_artifact(tmp_path / "b", seed)
         asyncio.run(Server(CONFIG).reconfigure({"model": str(tmp_path / "b")}))
+    replica.last_served().unlink()  # those were other servers
     with pytest.raises(ValueError, match="is damaged"):
         asyncio.run(served())
+
+
+def test_a_replica_that_dies_after_a_refusal_is_followed_by_one_with_the_artifact_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    good = make_artifact(tmp_path / "good", 1)
+    make_artifact(tmp_path / "bad", 2)
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"")
+    keys = [[16 * "abcd", 3]]
+    wish = {"model": str(tmp_path / "bad"), "weights_sha256": "f" * 64, "keys": keys}
+
+    async def begun(*wishes: dict[str, Any]) -> Server:
+        server = Server(CONFIG)
+        for each in wishes:
+            await server.reconfigure(each)
+            await settled(server)
+        server.live.service.engine.close()
+        return server
+
+    asyncio.run(begun({"model": str(tmp_path / "good")}, wish))
+    live = asyncio.run(begun(wish)).live
+
+    assert live.service.info.weights_sha256 == good.weights_sha256
+    assert live.refused is not None
+    assert live.refused.startswith(f"{tmp_path / 'bad'}: ")
+    assert [key.concurrent for key in live.service.keys] == [3], "the keys are those of now"
+
+    other = tmp_path / "cache" / "served" / ".last-of-another-server"
+    monkeypatch.setattr(replica, "last_served", lambda: other)
+    with pytest.raises(ValueError, match="is damaged"):  # what others served is not taken
+        asyncio.run(begun(wish))
 
 
 def test_a_replica_that_has_nothing_else_fails_on_a_broken_artifact(tmp_path: Path):
