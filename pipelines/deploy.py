@@ -37,6 +37,7 @@ from pipelines.replica import Server, Wanted, opened
 from pipelines.serve import (
     APP,
     DEPLOYMENT,
+    MAX_ONGOING_REQUESTS,
     PROXY_CALLBACK,
     check,
     http_options,
@@ -50,6 +51,8 @@ OF_A_REPLICA = {
     "compile", "cpus",
 }  # fmt: skip
 """Fields of the config that a replica cannot change while it runs."""
+BESIDE_A_FILE = {"file", "address", "output", "deploy_timeout_s", "dry_run"}
+"""Fields of the config that say something about a --file."""
 ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "0", PROXY_CALLBACK[0]: PROXY_CALLBACK[1]}
 IMPORT_PATH = "pipelines.deploy:build"
 POLL_S = 1.0
@@ -63,11 +66,15 @@ def run(config: DeployConfig) -> None:
         ConnectionError: no cluster answers at the address.
         RuntimeError: the cluster could not deploy it.
     """
+    if config.metrics_port:
+        raise ValueError("--metrics-port is for `jit serve`: a cluster that runs has its own")
     if config.file:
-        if config.model:
+        given, left_out = (c.model_dump(exclude=BESIDE_A_FILE) for c in (config, DeployConfig()))
+        both = [name.replace("_", "-") for name in given if given[name] != left_out[name]]
+        if both:
             raise ValueError(
-                f"{config.model} and --file {config.file} are both given: the file says what is "
-                "served; leave one of them out"
+                f"--{' and --'.join(both)} cannot be said beside --file {config.file}, which says "
+                "what is served and how: leave one of them out, or change the file"
             )
         try:
             text = Path(config.file).read_text("utf-8")
@@ -152,14 +159,32 @@ def check_document(document: Any, where: str) -> None:
             f"with import_path {IMPORT_PATH!r}; `serve deploy` is for others"
         )
     (application,) = found.applications
-    ServeConfig.model_validate(application.args)
+    if (application.route_prefix, found.http_options.root_path) != ("/", ""):
+        raise ValueError(
+            f"{where}: route_prefix is {application.route_prefix!r} and http_options.root_path "
+            f"{found.http_options.root_path!r}: they must be '/' and '', because keys and limits "
+            "go by whole paths"
+        )
+    if found.grpc_options.grpc_servicer_functions:
+        raise ValueError(f"{where}: grpc_options opens a port that asks for no key: leave it out")
+    config = ServeConfig.model_validate(application.args)
     names = [deployment.name for deployment in application.deployments]
     if names != [DEPLOYMENT]:
         raise ValueError(
             f"{where}: application {APP!r} has deployments {names}: there must be one, named "
             f"{DEPLOYMENT!r}, whose user_config says what is served"
         )
-    wanted = Wanted.model_validate(application.deployments[0].user_config)
+    (deployment,) = application.deployments
+    known = config.slots + config.max_queue
+    # left out, it is Ray's own default, which is less than any queue
+    if "max_ongoing_requests" not in deployment.model_fields_set or (
+        deployment.max_ongoing_requests < known
+    ):
+        raise ValueError(
+            f"{where}: max_ongoing_requests must be {known} or more, the slots and the queue of a "
+            f"replica, or its queue is never full: `jit deploy` writes {MAX_ONGOING_REQUESTS}"
+        )
+    wanted = Wanted.model_validate(deployment.user_config)
     host = found.http_options.host
     if not wanted.keys and not is_loopback(host):
         raise ValueError(

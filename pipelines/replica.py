@@ -20,11 +20,12 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ray
 import torch
 from fastapi import FastAPI
+from pydantic import ConfigDict, PositiveInt, StringConstraints
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.util import metrics
 
@@ -57,14 +58,20 @@ KEPT_NOTES = 100
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
 class Wanted(Config):
     """What `user_config` says."""
+
+    # where a digest should be there may be a key, which no error shall repeat
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     model: str
     """URI of the artifact."""
     weights_sha256: str = ""
     """Digest that its weights shall have; empty: any."""
-    keys: tuple[tuple[str, int], ...] = ()
+    keys: tuple[tuple[Sha256, PositiveInt], ...] = ()
     """SHA-256 of each key, and how many requests it may have in work."""
 
 

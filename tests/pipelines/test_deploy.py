@@ -111,10 +111,26 @@ def test_a_config_that_ray_would_misread_is_refused(
     )
     assert "there must be one, named 'jit'" in error("applications", value=[])
     assert "has deployments []" in error("applications", 0, "deployments", value=[])
+    keys = (*deployment, "user_config", "keys")
+    said = error(*keys, value=[["my-secret-key", 5]])
+    assert "keys" in said
+    assert "my-secret" not in said, "a key in the place of its digest is not repeated"
+    assert "greater than 0" in error(*keys, value=[["a" * 64, -1]])
+    for limit in (1, 71):
+        assert "max_ongoing_requests must be 72 or more" in error(
+            *deployment, "max_ongoing_requests", value=limit
+        )
+    assert "go by whole paths" in error("applications", 0, "route_prefix", value="/api")
+    assert "go by whole paths" in error("http_options", "root_path", value="/api")
+    functions = {"port": 9000, "grpc_servicer_functions": ["a.b"]}
+    assert "asks for no key" in error("grpc_options", value=functions)
     assert "/nowhere" in error(*deployment, "user_config", "model", value="/nowhere")
     file.write_text("- 1")
     assert "does not hold a Serve config" in error_of(capsys, "--file", str(file))
     assert "leave one of them out" in error_of(capsys, str(artifact), "--file", str(file))
+    both = ("--file", str(file), "--slots", "3", "--host", "127.0.0.2")
+    assert "--host and --slots cannot be said beside --file" in error_of(capsys, *both)
+    assert "is for `jit serve`" in error_of(capsys, str(artifact), "--metrics-port", "9000")
     assert "cannot read --file /nowhere.yaml" in error_of(capsys, "--file", "/nowhere.yaml")
 
 
