@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -18,7 +19,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,15 +95,22 @@ class Server:
         """Serves something else from now on; called by Ray Serve."""
         self.wanted = wanted = Wanted.model_validate(user_config)
         if self.live.current is None:
-            service, refused = await asyncio.to_thread(begin, self.config, wanted)
-            self.live.current, self.live.refused = service, refused
-            if refused is not None:
+            service, self.live.refused = await asyncio.to_thread(begin, self.config, wanted)
+            self.take(service, wanted)
+            if self.live.refused is not None:
                 self.meter.reloads.inc(tags={"result": "refused"})
             self.meter.watch(self.live)
             return
+        # The keys at once: a lost one is not let in while an artifact loads, or because it is bad.
+        self.take(self.live.service, wanted)
         task = asyncio.create_task(self.replace(wanted))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def take(self, service: Service, wanted: Wanted) -> None:
+        """Lets a service answer, with the keys of a wish."""
+        keys = tuple(Key(sha256, concurrent) for sha256, concurrent in wanted.keys)
+        self.live.current = dataclasses.replace(service, keys=keys)
 
     async def replace(self, wanted: Wanted) -> None:
         """Loads a successor beside what is served and lets it take over, unless it is refused."""
@@ -115,10 +122,14 @@ class Server:
             except Exception as error:  # whatever is wrong with it, the old one goes on
                 self.live.refused = f"{wanted.model}: {error}"
                 self.meter.reloads.inc(tags={"result": "refused"})
-                logger.error("the new artifact is refused, the old one goes on: %s", error)
+                logger.error(
+                    "the new artifact is refused, the old one goes on with the keys of now: %s",
+                    error,
+                )
                 return
             old = self.live.service
-            self.live.current, self.live.refused = successor, None
+            self.take(successor, self.wanted)  # another wish may have come, with its keys
+            self.live.refused = None
             self.meter.reloads.inc(tags={"result": "done"})
             logger.info("serving %s from now on", successor.info.weights_sha256[:12])
         while old.engine.running or old.engine.waiting:  # nothing joins it any more
@@ -293,7 +304,7 @@ def try_out(engine: Engine, info: ArtifactInfo, uri: str) -> None:
 
 
 def load(config: ServeConfig, wanted: Wanted) -> Service:
-    """A service over a warm engine.
+    """A service over a warm engine, without keys.
 
     Raises:
         FileNotFoundError: there is no artifact.
@@ -326,13 +337,7 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
         config=config,
         model=info.run or folder.name,
         created=int((folder / CONFIG).stat().st_mtime),
-        keys=keys_of(wanted.keys),
     )
-
-
-def keys_of(keys: Sequence[tuple[str, int]]) -> tuple[Key, ...]:
-    """Keys as `user_config` carries them."""
-    return tuple(Key(sha256, concurrent) for sha256, concurrent in keys)
 
 
 class Meter:

@@ -71,8 +71,8 @@ def run(config: ServeConfig) -> None:
         ValueError, FileNotFoundError: the artifact, the address or the cluster does not fit; Serve
             was not started.
     """
+    info = check(config)
     if config.dry_run:
-        info = check(config)
         print(config.model_dump_json(indent=2))
         print(f"would serve {describe(info)} at {url_of(config)}")
         return
@@ -88,9 +88,9 @@ def run(config: ServeConfig) -> None:
         while again.wait():
             again.clear()
             try:
-                apply(config)
-            except (ValueError, OSError) as error:
-                logger.error("the artifact is refused, the old one goes on: %s", error)
+                info = reload(config, info)
+            except Exception as error:  # whatever it is, the server goes on
+                logger.error("neither artifact nor keys were read again: %s", error)
     logger.info("stopped")
 
 
@@ -124,7 +124,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
             http_options=HTTPOptions(**http_options(config)),
             logging_config=QUIET,
         )
-        apply(config)
+        apply(config, info)
         logger.info(
             "serving at %s\n%s", url, example(url, info, keyed=bool(wanted(config, info)["keys"]))
         )
@@ -133,13 +133,37 @@ def serving(config: ServeConfig) -> Iterator[str]:
         serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def apply(config: ServeConfig) -> None:
-    """Makes the running Serve serve this artifact; replicas that are there go on with it.
+def reload(config: ServeConfig, served: ArtifactInfo) -> ArtifactInfo:
+    """Reads keys and artifact again and serves them.
+
+    A refused artifact leaves the old one, and does not hold up the keys: one that leaked shall be
+    shut out though the artifact's folder is gone.
+
+    Args:
+        served: of the artifact that is served.
+
+    Returns:
+        Of the artifact that is served from now on.
 
     Raises:
-        ValueError, FileNotFoundError: the artifact is damaged; what is served stays.
+        ValueError, FileNotFoundError: the keys are refused; nothing changed.
     """
-    info, gpu = check(config), has_gpu()
+    check_keys(config)
+    try:
+        info = check(config)
+    except Exception as error:  # whatever is wrong with it
+        logger.error("the artifact is refused, the old one goes on with the keys of now: %s", error)
+        info = served
+    apply(config, info)
+    return info
+
+
+def apply(config: ServeConfig, info: ArtifactInfo) -> None:
+    """Makes the running Serve serve the artifact that was checked, to the keys of now.
+
+    Replicas that are there go on with it.
+    """
+    gpu = has_gpu()
     deployment = serve.deployment(**options(config, info, gpu=gpu))(serve.ingress()(Server))
     # The same version tells Ray to hand `user_config` to the replicas instead of replacing them.
     deployment = deployment.options(version=VERSION, _internal=True)
@@ -201,6 +225,19 @@ def check(config: ServeConfig) -> ArtifactInfo:
         ValueError: the artifact is damaged or cannot be served, or the address needs a key.
     """
     require(config, "model")
+    check_keys(config)
+    folder, info = opened(config.model)
+    device = torch.device("cpu")
+    try_out(Engine(load_artifact(folder, verify=False), device, slots=1), info, config.model)
+    return info
+
+
+def check_keys(config: ServeConfig) -> None:
+    """Compares the keys of now with who reaches the address.
+
+    Raises:
+        FileNotFoundError, ValueError: the keys cannot be read, or the address needs one.
+    """
     keys = read_keys(config.keys_file, config.key_concurrency)
     if not is_loopback(config.host) and not keys:
         raise ValueError(
@@ -213,10 +250,6 @@ def check(config: ServeConfig) -> ArtifactInfo:
             "RAY_SERVE_ENABLE_HA_PROXY=1 makes Ray listen on every interface whatever --host says: "
             f"unset it, or set {KEY_VARIABLE}"
         )
-    folder, info = opened(config.model)
-    device = torch.device("cpu")
-    try_out(Engine(load_artifact(folder, verify=False), device, slots=1), info, config.model)
-    return info
 
 
 def has_gpu() -> bool:

@@ -121,10 +121,12 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
             await settled(server)
             assert (await client.get("/readyz")).json()["refused"] is None
 
-            keys = [[16 * "abcd", 3]]  # health needs none of them, and tells no path
-            for folder in ("good", "bad"):
-                await server.reconfigure({"model": str(tmp_path / folder), "keys": keys})
-                await settled(server)
+            # keys do not wait for an artifact; health needs none of them, and tells no path
+            keys = [[16 * "abcd", 3]]
+            await server.reconfigure({"model": str(tmp_path / "bad"), "keys": keys})
+            assert (await client.get("/v1/models")).status_code == 401, "at once"
+            await settled(server)
+            assert (await client.get("/v1/models")).status_code == 401, "and with the old artifact"
             health = (await client.get("/readyz")).json()
             assert "log says why" in health["refused"]
             assert str(tmp_path) not in str(health)

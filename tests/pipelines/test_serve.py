@@ -327,14 +327,15 @@ def test_ten_changes_of_artifact_under_load_lose_no_request(
             thread.start()
         for change in range(10):
             folder, digest = (other, digests[1]) if change % 2 == 0 else (artifact, digests[0])
-            serve.apply(config.model_copy(update={"model": str(folder)}))
+            changed = config.model_copy(update={"model": str(folder)})
+            serve.apply(changed, serve.check(changed))
             until = time.monotonic() + 60
             while httpx.get(f"{url}/readyz").json()["artifact_sha256"] != digest:
                 assert time.monotonic() < until, f"change {change} did not arrive"
                 time.sleep(0.05)
         (other / "model.safetensors").write_bytes(b"broken")
         with pytest.raises(ValueError, match="damaged"):
-            serve.apply(config.model_copy(update={"model": str(other)}))
+            serve.check(config.model_copy(update={"model": str(other)}))
         seen = len(answers)
         while len(answers) < seen + 3:
             time.sleep(0.05)

@@ -352,11 +352,15 @@ def test_sighup_reads_artifact_and_keys_again_and_refuses_a_broken_one(
         digest = httpx.get(f"{url}/readyz").json()["artifact_sha256"]
         assert digest == successor.weights_sha256 != info.weights_sha256
 
-        (folder / "model.safetensors").write_bytes(b"broken")
+        shutil.rmtree(folder)
+        keys.write_text("third\n")
         os.kill(pid, signal.SIGHUP)
-        log = tmp_path / "log"
-        wait_until("it is refused", lambda: "the old one goes on" in log.read_text(), 60)
+        wait_until("the third key opens", lambda: status("third") == 200, 60)
+        assert status("second") == 401, "though there is no artifact any more"
+        assert "the old one goes on with the keys of now" in (tmp_path / "log").read_text()
+        keys.unlink()
+        os.kill(pid, signal.SIGHUP)  # and that changes nothing
         asked = {"prompt": "0"}
-        header = {"Authorization": "Bearer second"}
+        header = {"Authorization": "Bearer third"}
         drawn = httpx.post(url + PATH, json=asked, headers=header, timeout=60).json()
         assert drawn["artifact_sha256"] == successor.weights_sha256
