@@ -154,19 +154,21 @@ def run(config: EvaluateConfig) -> None:
         connect()
         storage.check_writable(output)
         workers, gpu = fleet(config.workers, len(missing))
-        with explained(output), lease.claim(storage.join(output, WRITER)):
-            job = draw_chunks(config, job, stored, missing, workers, gpu)
+        with explained(output), lease.claim(storage.join(output, WRITER)) as held:
+            job = draw_chunks(config, job, stored, missing, workers, gpu, held)
+            held.check()
             storage.delete(storage.join(output, WRITER))
     evaluation.write_evaluation(job, config, reference, extractor)
 
 
 def draw_chunks(
     config: EvaluateConfig, job: Job, stored: Stored | None, chunks: list[int], workers: int,
-    gpu: bool,
+    gpu: bool, held: lease.Lease,
 ) -> Job:  # fmt: skip
     """Draw these chunks by a fleet of workers; the job, its plan naming their kind of device.
 
     Raises:
+        PermissionError: another process took the folder over meanwhile.
         ValueError: the workers' kind of device is another one than the folder's, or than that of
             their first, and they may not be mixed.
     """
@@ -184,6 +186,7 @@ def draw_chunks(
         write_plan(job, config.model_dump(mode="json"))
         progress = Progress("drew", total, total - to_draw)
         for _, images in pool.map((job, chunk) for chunk in chunks):
+            held.check()
             progress.add(images)
     return job
 

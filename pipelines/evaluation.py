@@ -375,7 +375,7 @@ def read_times(job: Job) -> tuple[int, float]:
     for chunk in range(job.plan.num_chunks):
         try:
             took = storage.read_json(time_uri(job.output, chunk))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # killed before it, or in it
             continue
         images, seconds = images + took["images"], seconds + took["seconds"]
     return images, seconds

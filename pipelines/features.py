@@ -33,7 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from pipelines.dinov2 import load_dinov2
-from pipelines.storage import cache_folder, fetch
+from pipelines.storage import absolute, cache_folder, fetch
 
 CPU_SLICE = 16
 """Images that go through a network at once on a CPU: with fewer, and one thread, torch leaves
@@ -292,7 +292,7 @@ def portable_weights(name: str, weights: str) -> str | bytes:
     that only this machine has."""
     if name == "inception" and not weights:
         return _standard_weights().content
-    return weights
+    return absolute(weights) if weights else ""
 
 
 def _read_weights(weights: str | bytes) -> Weights:

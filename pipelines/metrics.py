@@ -245,7 +245,7 @@ def all_metrics(features: Array, logits: Array, spatial: Array, real: Real) -> d
         found["sFD"] = frechet_distance(moments.mean, moments.covariance, *real.spatial)
     if logits.shape[1]:
         found["IS"], found["IS_std"] = inception_score(logits)
-    if real.features is not None:
+    if real.features is not None and min(len(features), len(real.features)) > 1:
         found["KID"], found["KID_std"] = kernel_distance(features, real.features)
         if min(len(features), len(real.features)) > max(NEIGHBOURS):
             for k, values in neighbourhoods(features, real.features, NEIGHBOURS).items():

@@ -53,6 +53,7 @@ def find_model(uri: str, ema: float | None = None) -> Source:
         FileNotFoundError: there is none of them.
         ValueError: it is damaged, or has no such EMA.
     """
+    uri = storage.absolute(uri)  # workers have another current folder
     if storage.exists(storage.join(uri, CONFIG)):
         folder = storage.fetch(uri)
         info = check_artifact(folder)

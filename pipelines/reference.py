@@ -106,7 +106,7 @@ class DatasetImages:
     """The first images of a dataset folder; a piece is a run of neighbouring shards."""
 
     def __init__(self, data: str, manifest: Manifest, num_images: int = 0) -> None:
-        self.data = data
+        self.data = storage.absolute(data)
         self.advice = f"run `jit prepare --verify {data}` to see what is damaged"
         self.image_size = manifest.image_size
         self.classes = tuple(manifest.classes)

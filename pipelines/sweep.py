@@ -1,8 +1,8 @@
 """Model -> the guidance scale, interval, EMA, steps and solver that suit it, in one Ray job.
 
 Every cell of the grid is a small evaluation folder of its own, OUTPUT/cells/<name>, all of them
-drawn by one fleet; the winner is then evaluated like any model, in OUTPUT/winner/<name>. Cells
-share their start noise, because image i is addressed by (seed, i): what differs between two cells
+drawn by one fleet; the winner is then evaluated like any model, in OUTPUT/winner/<name>-<images>.
+Cells share their start noise, because image i is addressed by (seed, i): what differs between two cells
 is what the settings do, not luck.
 
 Run the same line again to go on: a cell whose result is there is never computed again, and of one
@@ -168,9 +168,13 @@ class Sweep(NamedTuple):
         plan = self.plan(config, cell)
         return Job(self.sources[cell.ema], plan, output, mix_devices=config.mix_devices)
 
+    def winner_folder(self, cell: Cell) -> str:
+        """Where the winner's evaluation lies if this cell is it, below the output."""
+        return f"winner/{cell.name}-{self.config.num_images}"
+
     def winner_job(self, cell: Cell) -> tuple[Job, EvaluateConfig]:
         """The winner's evaluation, if this cell is it."""
-        output = storage.join(self.config.output, "winner", cell.name)
+        output = storage.join(self.config.output, self.winner_folder(cell))
         config = self.cell_config(cell, output, self.config.num_images)
         plan = self.plan(config, cell)
         source = self.sources[cell.ema]
@@ -213,9 +217,9 @@ def run(config: SweepConfig) -> None:
         fleet(config.workers, 1)
     storage.check_writable(output)
     place = storage.join(output, WRITER)
-    with explained(output), lease.claim(place):
+    with explained(output), lease.claim(place) as held:
         with ExitStack() as stack:
-            crew = Crew(config, stack)
+            crew = Crew(config, stack, held)
             if not stored:
                 sweep = sweep._replace(drawn_by={"device": crew.device})
             content = {"plan": sweep.shared(), "config": config.model_dump(mode="json")}
@@ -224,6 +228,7 @@ def run(config: SweepConfig) -> None:
             winner = best(results, sweep.extractor.distance)
             logger.info("winner: %s, evaluated at %d images", winner.name, config.num_images)
             judged = evaluate_winner(sweep, winner, crew)
+        held.check()
         sweep_report.write(output, report(sweep, results, winner, judged))
         storage.delete(place)
     logger.info("report: %s", storage.join(output, "report.md"))
@@ -359,8 +364,8 @@ def refuse_another_sweep(sweep: Sweep, stored: dict[str, Any]) -> None:
 class Crew:
     """The workers of a sweep, started when they are first needed and then kept."""
 
-    def __init__(self, config: SweepConfig, stack: ExitStack) -> None:
-        self.config, self.stack = config, stack
+    def __init__(self, config: SweepConfig, stack: ExitStack, held: lease.Lease) -> None:
+        self.config, self.stack, self.held = config, stack, held
 
     @cached_property
     def pool(self) -> Pool:
@@ -422,6 +427,7 @@ class Crew:
                     failed.add(job.output)
                     yield job, str(found)
                 continue
+            self.held.check()
             progress.add(found)
             left[job.output] -= 1
             if not left[job.output]:
@@ -549,7 +555,9 @@ def evaluate_winner(sweep: Sweep, cell: Cell, crew: Crew) -> dict[str, Any]:
     there = storage.join(job.output, REPORT)
     if storage.exists(there):
         found: dict[str, Any] = storage.read_json(there)
-        if _wanted(sweep, job).items() <= found["identity"].items():
+        is_same = _wanted(sweep, job).items() <= found["identity"].items()
+        is_kept = found["config"]["keep_images"] == config.keep_images
+        if is_same and is_kept and not missing_chunks(job):
             return found
     for _, failure in crew.draw(sweep, [job]):
         if failure:
@@ -588,7 +596,7 @@ def report(
             "sampler": winner.sampler.model_dump(mode="json"),
             "num_images": config.num_images,
             "metrics": judged["metrics"],
-            "folder": f"winner/{winner.name}",
+            "folder": sweep.winner_folder(winner),
         },
         "search": {
             "kind": config.search,

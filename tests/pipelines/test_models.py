@@ -57,6 +57,15 @@ def test_a_run_folder_means_its_newest_checkpoint_and_the_papers_ema(run_folder:
     assert find_model(older).info.weights_sha256 != found.info.weights_sha256
 
 
+def test_a_model_is_known_by_where_it_lies_and_not_by_where_somebody_stood(
+    run_folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(Path(run_folder).parent)
+    found = find_model(Path(run_folder).name)
+
+    assert found.uri.startswith(run_folder)
+
+
 def test_what_holds_no_such_model_is_named(run_folder: str, tmp_path: Path):
     export.run(ExportConfig(source=run_folder, output=str(tmp_path / "artifact"), ema=0.5))
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,40 @@ def test_a_finished_sweep_is_reported_again_without_a_cluster(
     sweep.run(story.config.model_copy(update={"search": before["search"]["kind"]}))
 
     assert report_of(story.output) == before
+
+
+@pytest.mark.ray
+def test_a_winner_of_another_size_is_drawn_from_the_cells_that_are_there(
+    story: Story, tmp_path: Path
+):
+    shutil.copytree(story.output, tmp_path / "sweep")
+    wanted = story.config.model_copy(update={"output": str(tmp_path / "sweep"), "num_images": 30})
+    before = written(tmp_path / "sweep")
+
+    sweep.run(wanted)
+
+    now = written(tmp_path / "sweep")
+    assert {path: now[path] for path in before} == before
+    added = [path.relative_to(tmp_path / "sweep") for path in now.keys() - before.keys()]
+    (folder,) = {Path(*path.parts[:2]) for path in added}
+    assert folder.name.endswith("-30")
+    assert json.loads((tmp_path / "sweep/report.json").read_text())["winner"]["num_images"] == 30
+    assert len(list((tmp_path / "sweep" / folder / "images").rglob("*.png"))) == 30
+
+
+@pytest.mark.ray
+def test_images_that_a_finished_winner_lacks_are_not_said_to_be_kept(story: Story, tmp_path: Path):
+    shutil.copytree(story.output, tmp_path / "sweep")
+    wanted = story.config.model_copy(update={"output": str(tmp_path / "sweep")})
+
+    with pytest.raises(ValueError, match=r"keep_images is png there, tar here"):
+        sweep.run(wanted.model_copy(update={"keep_images": "tar"}))
+
+    gone = next((tmp_path / "sweep").glob("winner/*/images/**/*.png"))
+    pixels = gone.read_bytes()
+    gone.unlink()
+    sweep.run(wanted)
+    assert gone.read_bytes() == pixels
 
 
 @pytest.mark.ray
