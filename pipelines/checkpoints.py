@@ -417,10 +417,13 @@ def _publish(run: str, step: int, meta: Meta, keep: Callable[[list[int]], set[in
     storage.write_json(storage.join(run, FOLDER, name, META), meta.model_dump(mode="json"))
     latest = Latest(checkpoint=f"{FOLDER}/{name}", images_seen=meta.images_seen)
     storage.write_json(storage.join(run, LATEST), latest.model_dump())
-    stay = keep(list(complete(run))) | {step}
-    for folder in _folders(run):
-        if int(folder.removeprefix("step_")) not in stay:
-            _delete(storage.join(run, FOLDER, folder))
+    try:
+        stay = keep(list(complete(run))) | {step}
+        for folder in _folders(run):
+            if int(folder.removeprefix("step_")) not in stay:
+                _delete(storage.join(run, FOLDER, folder))
+    except OSError as error:  # the checkpoint is stored; the next save tries again
+        logger.warning("old checkpoints could not be deleted, training goes on: %s", error)
 
 
 def _gathered(mine: Any, world_size: int, group: dist.ProcessGroup | None) -> list[Any]:

@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pipelines import storage
 from pipelines.checkpoints import CONFIG, METRICS
 from pipelines.config import TrainConfig
-from pipelines.trackers import open_trackers
+from pipelines.trackers import Outbox, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,9 @@ class Journal:
         self.events = SummaryWriter(
             self.folder / "tensorboard", purge_step=images_seen + 1 if images_seen else None
         )
-        self.trackers = open_trackers(run, config, str(self.folder))
+        self.trackers = Outbox(open_trackers(run, config, str(self.folder)))
         self._copied: dict[Path, int] = {}
-        # One thread, so that a slow store or tracker delays no step, and all goes in turn.
+        # One thread, so that a slow store delays no step, and all goes in turn.
         self._later = ThreadPoolExecutor(1, "jit-journal")
         self._synced = time.monotonic()
         self._has_warned = False
@@ -109,8 +109,7 @@ class Journal:
         named = {f"{group}/{name}": value for name, value in values.items()}
         for name, value in named.items():
             self._try(self.events.add_scalar, name, value, images_seen)
-        for tracker in self.trackers:
-            self._later.submit(self._try, tracker.log, named, images_seen)
+        self.trackers.log(named, images_seen)
 
     def sync(self) -> None:
         """Make everything said so far visible at the run's URI; any thread may ask for it.
@@ -134,11 +133,10 @@ class Journal:
     def close(self) -> None:
         """Write what is left."""
         self._try(self.events.close)
-        for tracker in self.trackers:
-            self._later.submit(self._try, tracker.close)
         if self.is_remote:
             self._later.submit(self._try, self._upload)
         self._later.shutdown()
+        self.trackers.close()
         if self._temporary:
             self._temporary.cleanup()
 
@@ -146,9 +144,9 @@ class Journal:
         """Do something without which training goes on; any thread may."""
         try:
             work(*arguments)
-        except Exception as error:  # trackers raise whatever their networks lead them to
+        except Exception as error:  # TensorBoard's writer raises what its thread ran into
             if not self._has_warned:
-                logger.warning("metrics could not be stored or sent, training goes on: %s", error)
+                logger.warning("metrics could not be stored, training goes on: %s", error)
             self._has_warned = True
 
 

@@ -2,8 +2,8 @@
 
 Every cell of the grid is a small evaluation folder of its own, OUTPUT/cells/<name>, all of them
 drawn by one fleet; the winner is then evaluated like any model, in OUTPUT/winner/<name>-<images>.
-Cells share their start noise, because image i is addressed by (seed, i): what differs between two cells
-is what the settings do, not luck.
+Cells share their start noise, because image i is addressed by (seed, i): what differs between two
+cells is what the settings do, not luck.
 
 Run the same line again to go on: a cell whose result is there is never computed again, and of one
 that was cut off only the missing chunks are drawn. The grid itself may change in between: cells

@@ -9,7 +9,11 @@ told again, with the same numbers.
 from __future__ import annotations
 
 import logging
+import queue
 import secrets
+import threading
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -20,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 FILE = "trackers.json"
 """In the run folder: tracker -> id of the run in it."""
+MOST_PENDING = 1_000
+"""Points that wait for a tracker; what comes while so many do is lost to it."""
+CLOSE_S = 10.0
+"""How long the end of a run waits for points to be sent, and again for it to be told."""
 
 
 class Tracker(Protocol):
@@ -64,7 +72,9 @@ class Mlflow:
 
     def __init__(self, config: TrainConfig, known: str | None, folder: str) -> None:
         from mlflow import MlflowClient
+        from mlflow.entities import Metric
 
+        self.metric = Metric
         self.client = MlflowClient()
         if known is None:
             found = self.client.get_experiment_by_name(config.project)
@@ -76,8 +86,9 @@ class Mlflow:
         self.client.update_run(self.id, status="RUNNING")
 
     def log(self, values: dict[str, float], images_seen: int) -> None:
-        for name, value in values.items():
-            self.client.log_metric(self.id, name, value, step=images_seen)
+        now = round(1000 * time.time())
+        points = [self.metric(name, value, now, images_seen) for name, value in values.items()]
+        self.client.log_batch(self.id, metrics=points)  # one request, not one a number
 
     def close(self) -> None:
         self.client.set_terminated(self.id)
@@ -134,3 +145,56 @@ def open_trackers(run: str, config: TrainConfig, folder: str) -> list[Tracker]:
             ids[name] = tracker.id
             storage.write_json(uri, ids)
     return opened
+
+
+class Outbox:
+    """Tells trackers in a thread of its own: their networks may hang, and nothing waits for them.
+
+    Args:
+        trackers: those that are told.
+    """
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self.trackers = trackers
+        self._points: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue(MOST_PENDING)
+        self._thread = threading.Thread(target=self._send, name="jit-trackers", daemon=True)
+        self._has_warned = False
+        if trackers:
+            self._thread.start()
+
+    def log(self, values: dict[str, float], images_seen: int) -> None:
+        """Add a point to each curve of each tracker, some time later."""
+        if self.trackers:
+            try:
+                self._points.put_nowait((values, images_seen))
+            except queue.Full:
+                self._warn(f"{MOST_PENDING} points wait for a tracker already")
+
+    def close(self) -> None:
+        """Send what is left, as far as that takes no longer than a moment."""
+        if not self.trackers:
+            return
+        with suppress(queue.Full):
+            self._points.put(None, timeout=CLOSE_S)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._warn("a tracker does not answer, and lacks the newest points")
+
+    def _send(self) -> None:
+        while point := self._points.get():
+            for tracker in self.trackers:
+                self._try(tracker, *point)
+        for tracker in self.trackers:
+            with suppress(Exception):
+                tracker.close()
+
+    def _try(self, tracker: Tracker, values: dict[str, float], images_seen: int) -> None:
+        try:
+            tracker.log(values, images_seen)
+        except Exception as error:  # trackers raise whatever their networks lead them to
+            self._warn(str(error))
+
+    def _warn(self, what: str) -> None:
+        if not self._has_warned:
+            logger.warning("metrics could not be sent, training goes on: %s", what)
+        self._has_warned = True

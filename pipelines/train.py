@@ -197,11 +197,11 @@ def worker(options: dict[str, Any]) -> dict[str, Any]:
 def judge(checkpoint: ray.train.Checkpoint, uri: str, options: dict[str, Any]) -> dict[str, float]:
     """What a validation task runs, on a device of its own, while training goes on."""
     logging.getLogger("pipelines").setLevel(logging.INFO)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        tune_cpu(threads=1)
     try:
-        score = validation.validate(uri, ValidationConfig.model_validate(options), device)
+        score = validation.validate_apart(uri, ValidationConfig.model_validate(options))
+    except validation.JudgeDied as error:
+        logger.warning("%s is not judged, training goes on: %s", uri, error)
+        return {}
     except FileNotFoundError as error:
         if storage.exists(storage.join(uri, META)):
             raise  # the reference or the extractor is not to be had on this machine
@@ -348,7 +348,7 @@ def validated(config: ValidationConfig, *, use_gpu: bool) -> ray.train.Validatio
     return ray.train.ValidationConfig(
         judge,  # type: ignore[arg-type]
         ray.train.ValidationTaskConfig(fn_kwargs={"options": config.model_dump(mode="json")}),
-        ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
+        ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": -1},
     )
 
 

@@ -8,13 +8,16 @@ after each checkpoint; rank 0 reads the scores, the others are told.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import re
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from jitmodel.config import Config, FlowConfig, ModelConfig, SamplerConfig
+from jitmodel.parallel import tune_cpu
 from pipelines import checkpoints, storage
 from pipelines.config import TrainConfig, ValidationConfig
 from pipelines.drawing import Plan, code_sha256, draw
@@ -113,6 +116,47 @@ def validate(uri: str, config: ValidationConfig, device: torch.device) -> Score:
     )
     storage.write_json(storage.join(run, FOLDER, f"{name}.json"), score.model_dump(mode="json"))
     return score
+
+
+class JudgeDied(RuntimeError):
+    """The process that judged a checkpoint ended without a word."""
+
+
+def validate_apart(uri: str, config: ValidationConfig) -> Score:
+    """`validate` in a process of its own, whose death is an error here and no more.
+
+    Raises:
+        JudgeDied: it was killed, as the kernel does when memory runs out.
+        FileNotFoundError, ValueError: as validate.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(there, uri, config))
+    process.start()
+    there.close()
+    try:
+        answer = here.recv()
+    except EOFError:
+        process.join()
+        raise JudgeDied(
+            f"its process ended with {process.exitcode}"
+            + (", which is what happens when memory runs out" if process.exitcode == -9 else "")
+        ) from None
+    process.join()
+    if isinstance(answer, Exception):
+        raise answer
+    assert isinstance(answer, Score)
+    return answer
+
+
+def _tell(there: Connection, uri: str, config: ValidationConfig) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        tune_cpu(threads=1)
+    try:
+        there.send(validate(uri, config, device))
+    except Exception as error:  # for whoever waits
+        there.send(error)
 
 
 def scores(run: str, config: ValidationConfig) -> list[Score]:

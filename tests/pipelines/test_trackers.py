@@ -1,10 +1,12 @@
 """W&B and MLflow continue the same run after a restart."""
 
 import json
+import socket
 import sys
 
 import pytest
 
+from pipelines import trackers
 from pipelines.fit import LocalContext, fit
 from tests.pipelines.runs import Killed, KilledAt, config_for
 
@@ -70,7 +72,32 @@ def test_a_tracker_that_fails_does_not_stop_training(tiny_dataset, tmp_path, mon
             return False
 
     assert fit(config, Lost()).images_seen == 64
-    assert "metrics could not be stored or sent, training goes on" in caplog.text
+    assert "metrics could not be sent, training goes on" in caplog.text
+
+
+def test_a_tracker_that_hangs_holds_up_neither_a_save_nor_the_end(
+    tiny_dataset, tmp_path, monkeypatch, caplog
+):
+    """Its server takes connections and never answers."""
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setattr(trackers, "CLOSE_S", 1.0)
+    config = config_for(tiny_dataset, tmp_path, trackers=("mlflow",), total_images=64)
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+
+        def hangs(self, values, images_seen):
+            with socket.create_connection(silent.getsockname()) as connection:
+                connection.recv(1)
+
+        monkeypatch.setattr(trackers.Mlflow, "log", hangs)
+        assert fit(config, LocalContext()).images_seen == 64
+
+    assert (tmp_path / "run/checkpoints/step_00000004/meta.json").exists()
+    assert "a tracker does not answer, and lacks the newest points" in caplog.text
 
 
 def test_a_tracker_that_is_not_there_stops_a_new_run_and_not_one_that_goes_on(

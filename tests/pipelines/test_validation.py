@@ -1,6 +1,10 @@
 """Checkpoints judged while training goes on: best ones kept, early stop, the same for all ranks."""
 
 import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from pipelines.reference import DatasetImages, ReferenceIdentity, extract, write
 from pipelines.shards import read_manifest
 from pipelines.validation import Score, best, identity, scores, validate, verdict
 from tests.pipelines.runs import config_for, run_on_ranks
+from tests.processes import descendants
 
 JUDGED = {"reference": "a-file", "ema": 0.9, "patience": 2, "keep_best": 1}
 FALLS_AND_RISES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 2.0}
@@ -216,9 +221,8 @@ def test_ray_judges_checkpoints_on_a_worker_of_their_own_while_training_goes_on(
 
 
 def test_a_judge_passes_over_a_checkpoint_that_is_gone_but_not_a_reference_that_is(
-    tiny_dataset, tmp_path, monkeypatch
+    tiny_dataset, tmp_path
 ):
-    monkeypatch.setattr(train, "tune_cpu", lambda threads: None)  # this process goes on
     config = config_for(tiny_dataset, tmp_path, total_images=32)
     uri = fit(config, LocalContext()).checkpoint
     options = {"reference": str(tmp_path / "nowhere.npz"), "ema": 0.9, "num_images": 10}
@@ -226,3 +230,20 @@ def test_a_judge_passes_over_a_checkpoint_that_is_gone_but_not_a_reference_that_
     with pytest.raises(FileNotFoundError, match="no reference at"):
         train.judge(None, uri, options)
     assert train.judge(None, uri.replace("00000002", "00000001"), options) == {}
+
+
+def test_a_judge_that_is_killed_costs_a_score_and_not_the_training(tiny_dataset, tmp_path, caplog):
+    config = config_for(tiny_dataset, tmp_path, total_images=32)
+    uri = fit(config, LocalContext()).checkpoint
+    options = {"reference": str(tmp_path / "nowhere.npz"), "ema": 0.9, "num_images": 10}
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(train.judge, None, uri, options)
+        while not (found := descendants(os.getpid(), "spawn_main")):
+            assert not answer.done(), answer.result()
+            time.sleep(0.01)
+        for process in found:
+            os.kill(process, signal.SIGKILL)
+
+    assert answer.result() == {}
+    assert "is not judged, training goes on: its process ended with -9" in caplog.text
