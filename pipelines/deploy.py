@@ -37,8 +37,8 @@ from pipelines.replica import Server, Wanted, opened
 from pipelines.serve import (
     APP,
     DEPLOYMENT,
+    ENVIRONMENT,
     MAX_ONGOING_REQUESTS,
-    PROXY_CALLBACK,
     check,
     http_options,
     options,
@@ -53,7 +53,6 @@ OF_A_REPLICA = {
 """Fields of the config that a replica cannot change while it runs."""
 BESIDE_A_FILE = {"file", "address", "output", "deploy_timeout_s", "dry_run"}
 """Fields of the config that say something about a --file."""
-ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "0", PROXY_CALLBACK[0]: PROXY_CALLBACK[1]}
 IMPORT_PATH = "pipelines.deploy:build"
 POLL_S = 1.0
 

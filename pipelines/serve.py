@@ -59,7 +59,11 @@ APP, DEPLOYMENT, VERSION = "jit", "server", "1"
 MAX_ONGOING_REQUESTS = 10_000
 MAX_QUEUED_REQUESTS = 1_000
 """Requests that wait in a proxy while no replica is there."""
-PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "pipelines.proxy:middlewares")
+ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.proxy:middlewares",
+}
+"""Of Serve's controller, and so of the proxies that it starts, whose front is ours."""
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Of Ray Serve's own loggers; ours say one line a request."""
 
@@ -107,7 +111,8 @@ def serving(config: ServeConfig) -> Iterator[str]:
     check_port(config.host, config.port, "--port")
     if config.metrics_port:
         check_port("", config.metrics_port, "--metrics-port")
-    os.environ.setdefault(*PROXY_CALLBACK)  # before Ray starts: its processes inherit it
+    for variable in ENVIRONMENT.items():  # before Ray starts: its processes inherit it
+        os.environ.setdefault(*variable)
     runtime.connect(metrics_port=config.metrics_port)
     check_cluster(config)
     if serve.status().proxies:
@@ -121,6 +126,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
     try:
         serve.start(
             proxy_location="HeadOnly",
+            controller_options=front_of_a_cluster(),
             http_options=HTTPOptions(**http_options(config)),
             logging_config=QUIET,
         )
@@ -131,6 +137,16 @@ def serving(config: ServeConfig) -> Iterator[str]:
         yield url
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def front_of_a_cluster() -> dict[str, Any] | None:
+    """Options that bring our front to the proxies of a cluster that was started by others.
+
+    Processes of a cluster of our own inherit it, and start some seconds sooner without options.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+    return {"runtime_env": {"env_vars": ENVIRONMENT}}
 
 
 def reload(config: ServeConfig, served: ArtifactInfo) -> ArtifactInfo:

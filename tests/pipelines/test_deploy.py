@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -192,6 +194,32 @@ def test_an_open_address_without_keys_and_a_damaged_artifact_are_refused(
     assert "damaged" in error_of(capsys, str(artifact))
 
 
+def check_that_a_server_which_joins_has_its_front(artifact: Path, cluster: str, port: str) -> None:
+    """`jit serve` on a cluster of others, with a key: Ray's table of routes is closed."""
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    with contextlib.suppress(httpx.TransportError):
+        while httpx.get(f"{url}/readyz") is not None:  # of the server before
+            assert time.monotonic() < until
+            time.sleep(0.5)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "serve", str(artifact), "--port", port],
+        env=os.environ | {"RAY_ADDRESS": cluster, "JIT_API_KEY": "secret"},
+    )
+    try:
+        status = 0
+        while status != 200:
+            assert server.poll() is None
+            assert time.monotonic() < until
+            with contextlib.suppress(httpx.TransportError):
+                status = httpx.get(f"{url}/readyz").status_code
+            time.sleep(0.5)
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/-/routes").status_code == 404
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+
+
 @pytest.mark.slow
 def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
     artifact: Path, short_tmp: Path, capsys: pytest.CaptureFixture[str]
@@ -208,7 +236,8 @@ def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
          "--node-ip-address=127.0.1.7", f"--port={gcs}", f"--dashboard-port={dashboard}",
          "--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={short_tmp}",
          "--object-store-memory=100000000"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env={name: value for name, value in os.environ.items() if "PROXY_CALLBACK" not in name}
+        | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -241,6 +270,14 @@ def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
             assert time.monotonic() < until
             time.sleep(0.05)
         assert statuses <= {200}, "it answered all the time"
+
+        assert main(["deploy", str(artifact), *line[:2], "--port", "1"]) == 2
+        assert f"port {port} instead of 1" in capsys.readouterr().err
+        subprocess.run(
+            [Path(sys.executable).parent / "serve", "shutdown", "-y", "--address", address],
+            check=True,
+        )
+        check_that_a_server_which_joins_has_its_front(artifact, f"127.0.1.7:{gcs}", port)
     finally:
         head.terminate()
         head.wait(60)  # Ray drains a node for half a minute
