@@ -7,9 +7,11 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -36,6 +38,7 @@ from pipelines import serve
 from pipelines.cli import main
 from pipelines.config import ServeConfig
 from pipelines.guard import is_loopback
+from tests.processes import descendants
 
 MODEL = ModelConfig(
     image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
@@ -353,3 +356,42 @@ def test_ten_changes_of_artifact_under_load_lose_no_request(
             assert np.abs(found.astype(int) - expected_pixels).max() <= 1
     assert {answer.json()["artifact_sha256"] for answer in answers} == set(digests)
     assert answers[-1].json()["artifact_sha256"] == digests[0]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_replica_killed_after_a_refusal_is_followed_by_one_with_the_artifact_before(
+    artifact: Path, tmp_path: Path, ray_cluster: None
+):
+    good, broken = read_info(artifact), tmp_path / "broken"
+    broken.mkdir()
+    config = ServeConfig(model=str(artifact), port=0, slots=2, precision="fp32")
+    with serve.serving(config) as url:
+
+        def health() -> dict[str, Any]:
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(f"{url}/readyz")
+                if answer.status_code == 200:
+                    return answer.json()
+            return {"refused": None}
+
+        def refused() -> dict[str, Any]:
+            until = time.monotonic() + 90
+            while (found := health())["refused"] is None:
+                assert time.monotonic() < until, found
+                time.sleep(0.2)
+            return found
+
+        # as where the nodes of a cluster do not see the folder that its driver does
+        bad = good.model_copy(update={"weights_sha256": "f" * 64})
+        serve.apply(config.model_copy(update={"model": str(broken)}), bad)
+        assert refused()["artifact_sha256"] == good.weights_sha256
+        (replica,) = descendants(os.getpid(), "ServeReplica:jit:server")
+        os.kill(replica, signal.SIGKILL)
+        while descendants(os.getpid(), "ServeReplica:jit:server").keys() == {replica}:
+            time.sleep(0.1)
+        assert refused()["artifact_sha256"] == good.weights_sha256
+        (successor,) = descendants(os.getpid(), "ServeReplica:jit:server")
+        assert successor != replica
+        drawn = httpx.post(f"{url}/v1/images/generations", json={"prompt": "bag"}, timeout=60)
+        assert drawn.json()["artifact_sha256"] == good.weights_sha256
