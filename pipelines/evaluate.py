@@ -36,6 +36,7 @@ from pipelines.evaluation import (
     SampleWorker,
     Stored,
     explained,
+    foreseen,
     make_plan,
     missing_chunks,
     pick_device,
@@ -142,6 +143,9 @@ def run(config: EvaluateConfig) -> None:
         if missing:  # of what draws, only the workers know the device
             here = plan.model_copy(update={"device": stored.plan.device})
             refuse_another(job._replace(plan=here), stored)
+    if missing:  # the report says it again
+        for warning in foreseen(plan.num_images, info.classes, reference, extractor):
+            logger.warning("%s", warning)
     if config.dry_run:
         print(
             f"plan: {plan.num_images} images, {plan.model.num_classes} classes, "

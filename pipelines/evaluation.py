@@ -14,7 +14,7 @@ import os
 import platform
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -417,10 +417,19 @@ def judge(drawn: Drawn, reference: Reference, extractor: Identity) -> dict[str, 
     return {extractor.metric(*name.split("_")): value for name, value in found.items()}
 
 
-def warnings(drawn: Drawn, reference: Reference, extractor: Identity) -> list[str]:
-    """What a reader must know before quoting the numbers."""
+def foreseen(
+    num_images: int, classes: Sequence[ClassInfo], reference: Reference, extractor: Identity
+) -> list[str]:
+    """What a reader must know before quoting the numbers, as far as it is known before drawing.
+
+    Args:
+        num_images: how many are drawn.
+        classes: of the model; empty if their names are unknown.
+        reference: what the images are compared with.
+        extractor: identity of the extractor.
+    """
     found = []
-    counts = {"drawn": len(drawn.features), "reference": reference.count}
+    counts = {"drawn": num_images, "reference": reference.count}
     for what, count in counts.items():
         if count is not None and count <= extractor.num_features:
             found.append(
@@ -433,6 +442,12 @@ def warnings(drawn: Drawn, reference: Reference, extractor: Identity) -> list[st
             "the reference says nothing about itself: that it was made with this extractor, from "
             "images of this size and these classes, was taken on trust"
         )
+    elif not (reference.identity.classes and classes):
+        side = "model" if reference.identity.classes else "reference"
+        found.append(
+            f"class names are unknown on one side, the {side}'s: that both are about the same "
+            "classes was taken on trust"
+        )
     kept = reference.real.features
     if kept is None:
         found.append(
@@ -440,10 +455,18 @@ def warnings(drawn: Drawn, reference: Reference, extractor: Identity) -> list[st
             "coverage"
         )
     elif len(kept) <= max(metrics.NEIGHBOURS):
+        lost = "precision, recall, density and coverage"
         found.append(
-            f"the reference keeps the features of {len(kept)} images, too few for precision, "
-            f"recall, density and coverage, which need more than {max(metrics.NEIGHBOURS)}"
+            f"the reference keeps the features of {len(kept)} images, too few for {lost}, which "
+            f"need more than {max(metrics.NEIGHBOURS)}"
+            + ("" if len(kept) > 1 else ", and for KID, which needs 2")
         )
+    return found
+
+
+def warnings(job: Job, drawn: Drawn, reference: Reference, extractor: Identity) -> list[str]:
+    """What a reader must know before quoting the numbers."""
+    found = foreseen(job.plan.num_images, job.source.info.classes, reference, extractor)
     if len(drawn.devices) > 1:
         found.append(f"drawn on different devices, which may round differently: {drawn.devices}")
     return found
@@ -508,7 +531,7 @@ def write_evaluation(
         What report.json holds.
     """
     drawn = read_drawn(job)
-    judged, warned = judge(drawn, reference, extractor), warnings(drawn, reference, extractor)
+    judged, warned = judge(drawn, reference, extractor), warnings(job, drawn, reference, extractor)
     found = {
         "format_version": 1,
         "metrics": judged,

@@ -45,6 +45,7 @@ from pipelines.evaluation import (
     Job,
     SampleWorker,
     explained,
+    foreseen,
     make_plan,
     missing_chunks,
     or_mix,
@@ -262,6 +263,8 @@ def prepare(config: SweepConfig) -> Sweep:
     plan = sweep.cell_job(lines[0].cells[0]).plan
     sweep.winner_job(lines[0].cells[0])
     check_match(reference, extractor, plan.image_size, info.model.num_classes, info.classes)
+    for warning in foreseen(config.num_images, info.classes, reference, extractor):
+        logger.warning("%s", warning)
     return sweep
 
 
@@ -518,7 +521,7 @@ def judge_cell(sweep: Sweep, cell: Cell, job: Job, failure: str) -> dict[str, An
         result["metrics"] = evaluation.judge(drawn, reference, sweep.extractor)
         result["pixels_sha256"] = drawn.pixels_sha256
         result["devices"] = drawn.devices
-        result["warnings"] = evaluation.warnings(drawn, sweep.reference, sweep.extractor)
+        result["warnings"] = evaluation.warnings(job, drawn, sweep.reference, sweep.extractor)
         name = sweep.extractor.distance
         logger.info("%s: %s %.4g", cell.name, name, value(result, name))
     storage.write_json(storage.join(job.output, RESULT), result)

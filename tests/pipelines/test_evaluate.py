@@ -393,12 +393,16 @@ def test_a_foreign_reference_gives_what_its_moments_suffice_for(
     ray_cluster: None, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     features = np.random.default_rng(0).normal(size=(100, 1280))
-    np.savez(tmp_path / "ref.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    mu, sigma = features.mean(0), np.cov(features, rowvar=False)
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma, features=features[:1])
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(ValueError, match=r"about 2048 features .* efflite0 has 1280"):
         run(config(artifact, tmp_path / "inception.npz", tmp_path / "output"))
     with pytest.raises(ValueError, match=r"tells its image size; .* add --resize-to SIZE"):
         run(config(artifact, tmp_path / "ref.npz", tmp_path / "output", resize=True))
+
+    run(config(artifact, tmp_path / "ref.npz", tmp_path / "output", resize_to=24, dry_run=True))
+    assert "the features of 1 images, too few for precision" in caplog.text  # and none is drawn
 
     run(config(artifact, tmp_path / "ref.npz", tmp_path / "output", resize_to=24))
 

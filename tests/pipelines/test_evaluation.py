@@ -21,9 +21,9 @@ from pipelines import evaluation, metrics, storage
 from pipelines.config import EvaluateConfig, KeepImages
 from pipelines.drawing import draw_batch, part_uri, pixels_sha256, read_part
 from pipelines.evaluation import Job, SampleWorker, missing_chunks, read_drawn
-from pipelines.features import get_extractor
+from pipelines.features import get_extractor, portable_weights
 from pipelines.models import find_model, load_model
-from pipelines.reference import Reference
+from pipelines.reference import Reference, ReferenceIdentity, real_images
 from tests.pipelines.conftest import FaultyStore
 
 MODEL = ModelConfig(
@@ -233,24 +233,60 @@ def test_what_a_reader_must_know_is_said(artifact: Path, worker: SampleWorker, t
     drawn, extractor = read_drawn(job), get_extractor("efflite0").identity
     real = metrics.Real(metrics.Statistics(np.zeros(1280), np.eye(1280)))
 
-    said = evaluation.warnings(drawn, Reference(None, "0", None, real), extractor)
-    counted = evaluation.warnings(drawn, Reference(None, "0", 1000, real), extractor)
+    said = evaluation.warnings(job, drawn, Reference(None, "0", None, real), extractor)
+    counted = evaluation.warnings(job, drawn, Reference(None, "0", 1000, real), extractor)
 
     assert "24 drawn images in 1280 dimensions: the covariance is singular" in said[0]
     assert "FD-efflite0 is biased upwards" in said[0]
     assert "taken on trust" in said[1]
     assert "no KID, precision" in said[2]
     assert "1000 reference images in 1280 dimensions" in counted[1]
-    five = real._replace(features=np.zeros((5, 1280), np.float32))
-    assert (
-        "the features of 5 images, too few for precision"
-        in evaluation.warnings(drawn, Reference(None, "0", None, five), extractor)[2]
-    )
-    assert "KID-efflite0" in evaluation.judge(drawn, Reference(None, "0", 5, five), extractor)
+    for kept in (0, 1, 2, 5):
+        few = Reference(None, "0", 5, real._replace(features=np.zeros((kept, 1280), np.float32)))
+        (line,) = [s for s in evaluation.warnings(job, drawn, few, extractor) if "keeps" in s]
+        assert f"the features of {kept} images, too few for precision" in line
+        assert ("and for KID, which needs 2" in line) == (kept < 2)
+    assert "KID-efflite0" in evaluation.judge(drawn, few, extractor)
     found = evaluation.judge(drawn, Reference(None, "0", None, real), extractor)
     assert set(found) == {
         "FD-efflite0", "FD-efflite0_low", "FD-efflite0_high", "IS-efflite0", "IS-efflite0_std"
     }  # fmt: skip
+
+
+def test_what_workers_are_told_to_read_does_not_depend_on_where_the_driver_stands(
+    artifact: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "model").symlink_to(artifact)
+    (tmp_path / "data").symlink_to(tiny_dataset)
+    monkeypatch.chdir(tmp_path)
+
+    found = (
+        make_job(Path("model"), "nowhere").source.uri,
+        real_images("data").data,  # type: ignore[attr-defined]
+        portable_weights("efflite0", "weights.pth"),
+    )
+
+    assert found == tuple(str(tmp_path / name) for name in ("model", "data", "weights.pth"))
+    assert portable_weights("efflite0", "") == ""  # the package's own, wherever that lies
+
+
+def test_class_names_that_one_side_does_not_know_are_said_to_be_taken_on_trust():
+    extractor = get_extractor("efflite0").identity
+    named = tuple(ClassInfo(name=name) for name in "ab")
+    real = metrics.Real(metrics.Statistics(np.zeros(1280), np.eye(1280)))
+
+    def said(there: tuple[ClassInfo, ...], here: tuple[ClassInfo, ...]) -> list[str]:
+        about = ReferenceIdentity(
+            extractor=extractor.as_dict(), image_size=16, classes=there, num_images=5000,
+            dataset_fingerprint="", versions={},
+        )  # fmt: skip
+        reference = Reference(about, "0", 5000, real)
+        found = evaluation.foreseen(5000, here, reference, extractor)
+        return [line for line in found if "class names are unknown" in line]
+
+    assert said(named, named) == []
+    assert "the model's: that both are about the same classes was taken on" in said(named, ())[0]
+    assert "the reference's: that both" in said((), named)[0]
 
 
 def test_pages_of_missing_parts_cannot_be_judged(artifact: Path, tmp_path: Path):

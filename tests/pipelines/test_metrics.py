@@ -251,6 +251,9 @@ def test_what_an_extractor_or_a_reference_lacks_is_absent_and_the_rest_is_there(
         f"{name}_k{k}" for name in ("precision", "recall", "density", "coverage") for k in (3, 5)
     }
     assert set(full) == {*bare, "sFD", "IS", "IS_std", "KID", "KID_std", *kin}
+    for kept, more in ((0, set()), (1, set()), (2, {"KID", "KID_std"}), (5, {"KID", "KID_std"})):
+        few = all_metrics(drawn, none, none, Real(pooled, features=real[:kept]))
+        assert set(few) == {*bare, *more}, kept
 
 
 def test_scores_and_kernel_distances_agree_with_torch_fidelity():
