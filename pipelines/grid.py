@@ -2,7 +2,8 @@
 
 A cell is one way to draw: an EMA and a sampler. Cells that differ in the guidance scale only lie on
 one line. Settings that send the same images through the network at the same times - any interval
-at scale 1, or two intervals with no time between their ends - are one cell, not two.
+at scale 1, or two intervals with no time between their ends - are one cell, not two, and its name
+depends on nothing else in the grid.
 
 The exhaustive search computes every cell. The refined one computes each line coarsely, then halves
 the gaps on both sides of the line's best cell until its neighbours are known. It ends in a local
@@ -13,7 +14,7 @@ minimum, so both searches find the same winner; elsewhere only the exhaustive on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Line(NamedTuple):
     interval: Interval
     scales: tuple[float, ...]
     cells: tuple[Cell, ...]
-    """One for each scale; a cell that draws what another one draws goes by that one's settings."""
+    """One for each scale; all that draw the same are one cell, with the plainest settings."""
 
 
 def make_lines(
@@ -74,39 +75,58 @@ def make_lines(
         ValueError: a value is none that a sampler can have.
     """
     scales = tuple(sorted(set(scales)))
-    samplers: dict[tuple[str, int], dict[Interval, list[SamplerConfig]]] = {}
-    for solver, number in itertools.product(solvers, steps):
-        known: dict[tuple[float, tuple[bool, ...]], SamplerConfig] = {}
-        samplers[solver, number] = {
-            interval: [
-                _same(
-                    SamplerConfig(
-                        steps=number, solver=solver, cfg_scale=scale, cfg_interval=interval
-                    ),
-                    known,
-                )
-                for scale in scales
-            ]
-            for interval in intervals
-        }
-    return [
-        Line(ema, solver, number, interval, scales, tuple(Cell(ema, s) for s in row))
-        for ema in dict.fromkeys(emas)
-        for (solver, number), rows in samplers.items()
-        for interval, row in rows.items()
+    rows = [
+        [
+            SamplerConfig(steps=number, solver=solver, cfg_scale=scale, cfg_interval=interval)
+            for scale in scales
+        ]
+        for solver, number, interval in dict.fromkeys(itertools.product(solvers, steps, intervals))
     ]
+    plain = [tuple(map(plainest, row)) for row in rows]
+    return [
+        Line(
+            ema, row[0].solver, row[0].steps, row[0].cfg_interval, scales,
+            tuple(Cell(ema, sampler) for sampler in samplers),
+        )
+        for ema in dict.fromkeys(emas)
+        for row, samplers in zip(rows, plain, strict=True)
+    ]  # fmt: skip
 
 
-def _same(
-    sampler: SamplerConfig, known: dict[tuple[float, tuple[bool, ...]], SamplerConfig]
-) -> SamplerConfig:
-    """The first sampler that guides equally at the same times; this one, if it is the first."""
+def plainest(sampler: SamplerConfig) -> SamplerConfig:
+    """The one sampler that stands for all that guide equally at the same times.
+
+    A function of what is drawn alone, so that a cell keeps its name whatever else is in the grid:
+    the ends of the interval have as few decimals as can be, and then lie as far apart as can be.
+    """
     grid = times(sampler.steps)[:-1]
-    low, high = (torch.tensor(end) for end in sampler.cfg_interval)
-    acts = tuple(guidance_acts(grid, torch.tensor(sampler.cfg_scale), low, high).tolist())
-    if not any(acts):
-        sampler = sampler.model_copy(update={"cfg_scale": 1.0, "cfg_interval": (0.0, 1.0)})
-    return known.setdefault((sampler.cfg_scale, acts), sampler)
+    scale = torch.tensor(sampler.cfg_scale)
+
+    def acting(low: float, high: float) -> list[int]:
+        acts = guidance_acts(grid, scale, torch.tensor(low), torch.tensor(high))
+        return acts.nonzero()[:, 0].tolist()
+
+    acts = acting(*sampler.cfg_interval)
+    if not acts:
+        return sampler.model_copy(update={"cfg_scale": 1.0, "cfg_interval": (0.0, 1.0)})
+    before, after = max(acts[0] - 1, 0), acts[-1] + 1
+    for low in _decimals(before, sampler.steps, 1):
+        if acting(low, 1.0)[:1] == acts[:1]:
+            break
+    for high in _decimals(after, sampler.steps, -1):
+        if acting(0.0, high)[-1:] == acts[-1:]:
+            break
+    return sampler.model_copy(update={"cfg_interval": (low, high)})
+
+
+def _decimals(step: int, steps: int, way: Literal[1, -1]) -> Iterator[float]:
+    """The two decimals nearest to step / steps, on that side of it or on it; with no digit after
+    the point, then with one, and so on."""
+    for digits in itertools.count():
+        unit = 10**digits
+        nearest = way * -(-way * step * unit // steps)
+        yield nearest / unit
+        yield (nearest + way) / unit
 
 
 def all_cells(lines: Iterable[Line]) -> list[Cell]:

@@ -96,8 +96,8 @@ def page(report: Mapping[str, Any]) -> str:
         "# Sweep",
         "",
         f"**{name} {number(metrics[name])}** over {winner['num_images']:,} images, with the EMA of "
-        f"decay {short(winner['ema'])}, guidance {_guidance(sampler)}, {sampler['solver']}, "
-        f"{sampler['steps']} steps.",
+        f"decay {short(winner['ema'])}, guidance {_guidance(report, winner['cell'])}, "
+        f"{sampler['solver']}, {sampler['steps']} steps.",
         "",
         f"The best of {search['cells']} cells of {search['cell_images']:,} images each, out of a "
         f"grid of {search['grid']} ({search['kind']} search{saved}). All cells share their start "
@@ -149,17 +149,20 @@ def _table(report: Mapping[str, Any]) -> list[str]:
         if cell == winner:
             values[0] = f"**{values[0]}**"
         words = (
-            short(found["ema"]), _guidance(sampler), sampler["solver"], str(sampler["steps"]),
-            str(found["network_evaluations"]), *values,
+            short(found["ema"]), _guidance(report, cell), sampler["solver"],
+            str(sampler["steps"]), str(found["network_evaluations"]), *values,
         )  # fmt: skip
         lines.append("| " + " | ".join(words) + " |")
     return lines
 
 
-def _guidance(sampler: Mapping[str, Any]) -> str:
-    if sampler["cfg_scale"] == 1:
+def _guidance(report: Mapping[str, Any], cell: str) -> str:
+    """A cell's guidance in the words of the grid, which may have asked for it in several ways."""
+    scale = report["cells"][cell]["sampler"]["cfg_scale"]
+    if scale == 1:
         return "1 (off)"
-    return f"{short(sampler['cfg_scale'])} in {_interval(sampler['cfg_interval'])}"
+    asked = [_interval(line["interval"]) for line in report["lines"] if cell in line["cells"]]
+    return f"{short(scale)} in {' or '.join(dict.fromkeys(asked))}"
 
 
 def _interval(ends: Sequence[float]) -> str:

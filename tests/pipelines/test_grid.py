@@ -6,9 +6,20 @@ from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import example, given
 
-from pipelines.grid import Cell, Line, all_cells, coarse, make_lines, most_cells, next_cells
+from jitmodel.sampler import guidance_acts, times
+from pipelines.grid import (
+    Cell,
+    Interval,
+    Line,
+    all_cells,
+    coarse,
+    make_lines,
+    most_cells,
+    next_cells,
+)
 
 PAPER = [round(1 + 0.1 * i, 1) for i in range(31)]
 BOTH = [(0.0, 1.0), (0.1, 1.0)]
@@ -40,13 +51,38 @@ def test_without_guidance_an_interval_makes_no_second_cell():
 
 def test_intervals_with_no_time_between_their_ends_are_one_cell():
     # 50 steps have times 0.10 and 0.12, and 5/50 does not count as above 0.1.
-    near = make_lines([0.9], ["heun"], [50], [(0.1, 1.0), (0.11, 1.0), (0.12, 1.0)], [2.0])
+    near = make_lines([0.9], ["heun"], [50], [(0.11, 1.0), (0.1, 1.0), (0.12, 1.0)], [2.0])
     assert [line.cells[0].sampler.cfg_interval for line in near] == [
         (0.1, 1.0), (0.1, 1.0), (0.12, 1.0),
     ]  # fmt: skip
+    assert [line.interval for line in near] == [(0.11, 1.0), (0.1, 1.0), (0.12, 1.0)]
     # One Euler step looks at t = 0 only, where an interval from 0.1 guides nothing.
     (line,) = make_lines([0.9], ["euler"], [1], [(0.1, 1.0)], [2.0, 3.0])
     assert [cell.name for cell in line.cells] == ["ema0.9-euler1-cfg1"] * 2
+
+
+INTERVALS = st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32)).filter(
+    lambda ends: ends[0] < ends[1]
+)
+
+
+@given(st.integers(1, 300), INTERVALS, INTERVALS)
+@example(3, (0.2, 1.0), (0.1, 1.0))
+@example(50, (0.11, 1.0), (0.1, 1.0))
+def test_a_cell_is_named_after_what_it_draws_and_not_after_its_neighbours_in_the_grid(
+    steps: int, one: Interval, other: Interval
+):
+    def acts(interval: Interval) -> list[bool]:
+        low, high = map(torch.tensor, interval)
+        return guidance_acts(times(steps)[:-1], torch.tensor(2.0), low, high).tolist()
+
+    (alone,) = make_lines([0.9], ["heun"], [steps], [one], [2.0])
+    lines = make_lines([0.9], ["heun"], [steps], [other, one], [2.0])
+    (cell,), first = lines[-1].cells, lines[0].cells[0]
+
+    assert alone.cells == (cell,)
+    assert (cell.name == first.name) == (cell == first) == (acts(one) == acts(other))
+    assert acts(cell.sampler.cfg_interval) == acts(one) or cell.sampler.cfg_scale == 1
 
 
 def test_the_papers_grid_counts_as_many_cells_as_its_axes_say():

@@ -22,7 +22,7 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from pipelines import evaluate, export, storage, sweep
+from pipelines import evaluate, export, storage, sweep, sweep_report
 from pipelines.cli import resolve
 from pipelines.config import (
     EvaluateConfig,
@@ -293,6 +293,17 @@ def test_the_report_says_all_that_is_needed_to_do_it_again(story: Story):
     again = resolve("sweep", words[2:])
     asked = story.config.model_copy(update={"workers": 0, "search": found["search"]["kind"]})
     assert again == asked
+
+
+@pytest.mark.ray
+def test_a_cell_that_two_intervals_ask_for_is_shown_with_both(story: Story):
+    found = report_of(story.output)
+    asked_again = [{**line, "interval": [0.0, 0.9]} for line in found["lines"]]
+
+    page = sweep_report.page({**found, "lines": [*found["lines"], *asked_again]})
+
+    assert "| 1.5 in (0, 1) or (0, 0.9) | heun | 2 | 6 |" in page
+    assert "| 1 (off) | heun | 2 | 3 |" in page
 
 
 class EfficientNet(FeatureExtractorBase):
