@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ SHOWN_CLASSES, SHOWN_EACH = 10, 8
 
 VECTORS = ("features", "logits", "spatial")
 """Fields of a part that hold a vector for each image."""
+
+BF16_FLAGS = ("avx512_bf16", "avx_ne_convert", "amx_bf16", "bf16", "sve_bf16")
+"""Instructions of a processor by which oneDNN chooses how to multiply bf16."""
+
+ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Variables that forbid it some of them."""
 
 MIN_IMAGES = 10
 """Inception score has ten splits, and none may be empty."""
@@ -185,7 +192,12 @@ def device_name(device: torch.device) -> str:
     """What kind of device draws here; other kinds may round differently."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    # torch's own kernels follow its capability; those of oneDNN, which multiplies, the processor.
+    flags = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
+    bf16 = sorted(name for name in flags if name in BF16_FLAGS)
+    limits = [f"{name}={os.environ[name]}" for name in ONEDNN_LIMITS if os.environ.get(name)]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return " ".join([platform.machine(), capability, *bf16, *limits])
 
 
 def draw(

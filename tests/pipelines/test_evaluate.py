@@ -159,6 +159,19 @@ def test_a_plan_that_cannot_be_carried_out_is_refused():
         a_plan(model=MODEL.model_copy(update={"in_channels": 1})).check()
 
 
+def test_a_kind_of_cpu_is_told_by_what_multiplies_bf16_too(monkeypatch: pytest.MonkeyPatch):
+    cpu = torch.device("cpu")
+    here = device_name(cpu)
+    can = torch.cpu.get_capabilities()
+
+    for flag in ("avx512_bf16", "amx_bf16"):
+        assert (flag in here.split()) == can.get(flag, False)
+    for limit in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):  # of the same processor
+        with monkeypatch.context() as patch:
+            patch.setenv(limit, "AVX2")
+            assert device_name(cpu) == f"{here} {limit}=AVX2"
+
+
 def test_an_image_that_is_not_finite_is_named():
     model = JiT(MODEL).eval()
     with torch.no_grad():
@@ -590,19 +603,24 @@ def test_a_disk_that_fills_up_is_said_in_one_sentence_and_what_is_finished_is_ke
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.parametrize("limit", ["ATEN_CPU_CAPABILITY=default", "ONEDNN_MAX_CPU_ISA=AVX2"])
 def test_other_instructions_of_the_processor_are_another_device(
-    artifact: Path, reference: Path, drawn_alone: str, tmp_path: Path, short_tmp: Path
+    artifact: Path, reference: Path, tmp_path: Path, short_tmp: Path, limit: str
 ):
     command = evaluate_command(short_tmp, artifact, reference, tmp_path, 2)
     subprocess.run(command, check=True, capture_output=True)
     for lost in sorted((tmp_path / "features").iterdir())[10:20]:
         lost.unlink()
-    plain = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    name, _, value = limit.partition("=")
+    plain = {**os.environ, name: value}
 
     refused = subprocess.run(command, check=False, capture_output=True, text=True, env=plain)
 
     here = device_name(torch.device("cpu"))
-    other = f"{here.split()[0]} DEFAULT"
+    if name == "ATEN_CPU_CAPABILITY":
+        other = here.replace(torch.backends.cpu.get_cpu_capability(), "DEFAULT")
+    else:
+        other = f"{here} {limit}"
     assert refused.returncode == 2
     assert f"device is {here} there, {other} here" in refused.stderr
     assert "or --mix-devices, which the report will tell" in refused.stderr
