@@ -181,6 +181,13 @@ class Sweep(NamedTuple):
         source = self.sources[cell.ema]
         return Job(source, plan, output, config.keep_images, config.mix_devices), config
 
+    def models(self) -> dict[str, dict[str, str]]:
+        """URI and digest of the weights of each EMA, by its decay."""
+        return {
+            short(ema): {"uri": source.uri, "weights_sha256": source.info.weights_sha256}
+            for ema, source in self.sources.items()
+        }
+
     def shared(self) -> dict[str, Any]:
         """What must stay as it is for the cells of a folder to be comparable."""
         plan = self.cell_job(self.lines[0].cells[0]).plan
@@ -202,8 +209,9 @@ def run(config: SweepConfig) -> None:
     stored = stored_sweep(sweep.config.output)
     if stored:
         # What has been drawn is judged anywhere, so what draws matters only for drawing.
-        sweep = sweep._replace(drawn_by={field: stored[field] for field in DRAWN_BY})
-        refuse_another_sweep(sweep, stored)
+        sweep = sweep._replace(drawn_by={field: stored.plan[field] for field in DRAWN_BY})
+        refuse_another_sweep(sweep, stored.plan)
+        refuse_other_weights(sweep, stored.models)
     if config.dry_run:
         print("\n".join(plan_lines(sweep)))
         return
@@ -223,8 +231,13 @@ def run(config: SweepConfig) -> None:
             crew = Crew(config, stack, held)
             if not stored:
                 sweep = sweep._replace(drawn_by={"device": crew.device})
-            content = {"plan": sweep.shared(), "config": config.model_dump(mode="json")}
-            storage.write_json(storage.join(output, PLAN), {**content, "versions": tool_versions()})
+            content = {
+                "plan": sweep.shared(),
+                "models": {**(stored.models if stored else {}), **sweep.models()},
+                "config": config.model_dump(mode="json"),
+                "versions": tool_versions(),
+            }
+            storage.write_json(storage.join(output, PLAN), content)
             results = search(sweep, crew)
             winner = best(results, sweep.extractor.distance)
             logger.info("winner: %s, evaluated at %d images", winner.name, config.num_images)
@@ -332,8 +345,17 @@ def time_lines(sweep: Sweep) -> list[str]:
     ]
 
 
-def stored_sweep(output: str) -> dict[str, Any] | None:
-    """What the cells of a folder share; None if no sweep began there.
+class Stored(NamedTuple):
+    """What a sweep's folder was begun for."""
+
+    plan: dict[str, Any]
+    """What its cells share."""
+    models: dict[str, dict[str, str]]
+    """As Sweep.models gives them, of all grids that the folder has had."""
+
+
+def stored_sweep(output: str) -> Stored | None:
+    """What a folder was begun for; None if no sweep began there.
 
     Raises:
         ValueError: there is something else in its place.
@@ -342,8 +364,12 @@ def stored_sweep(output: str) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     try:
-        plan = storage.read_json(uri)["plan"]
-        return {**plan, **{field: plan[field] for field in DRAWN_BY}}
+        content = storage.read_json(uri)
+        plan, models = content["plan"], dict(content["models"])
+        return Stored(
+            {**plan, **{field: plan[field] for field in DRAWN_BY}},
+            {ema: {key: models[ema][key] for key in ("uri", "weights_sha256")} for ema in models},
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{uri} is not a plan that this version reads: choose another --output"
@@ -362,6 +388,24 @@ def refuse_another_sweep(sweep: Sweep, stored: dict[str, Any]) -> None:
             f"{storage.join(sweep.config.output, PLAN)} holds another sweep: {'; '.join(lines)}. "
             f"Choose another --output, or the same settings{or_mix(lines)}."
         )
+
+
+def refuse_other_weights(sweep: Sweep, stored: dict[str, dict[str, str]]) -> None:
+    """Refuse other weights under the name of an EMA: a run that still trains has a newer checkpoint
+    now.
+
+    Raises:
+        ValueError: naming the model that the cells were drawn with.
+    """
+    for ema, here in sweep.models().items():
+        there = stored.get(ema, here)
+        if there["weights_sha256"] != here["weights_sha256"]:
+            raise ValueError(
+                f"{sweep.config.output} was begun with the EMA of decay {ema} of {there['uri']} "
+                f"(weights {there['weights_sha256'][:16]}), and that of {here['uri']} has other "
+                f"weights ({here['weights_sha256'][:16]}): name the first as --model, or choose "
+                "another --output"
+            )
 
 
 class Crew:

@@ -44,10 +44,10 @@ SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run of eight steps with two EMAs."""
+    """A run of eight steps with two checkpoints and two EMAs."""
     config = config_for(
         tiny_dataset, tmp_path_factory.mktemp("runs"), "tiny", total_images=128,
-        checkpoint_every_images=128, sampler={"steps": 2, "cfg_scale": 1.5}, grid_ema=0.5,
+        checkpoint_every_images=64, sampler={"steps": 2, "cfg_scale": 1.5}, grid_ema=0.5,
         optimizer={"learning_rate": 1e-2, "warmup_images": 0, "ema_decays": (0.5, 0.9)},
     )  # fmt: skip
     fit(config, LocalContext())
@@ -293,6 +293,18 @@ def test_the_report_says_all_that_is_needed_to_do_it_again(story: Story):
     again = resolve("sweep", words[2:])
     asked = story.config.model_copy(update={"workers": 0, "search": found["search"]["kind"]})
     assert again == asked
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("way", ["dry_run", "plan", "search"])
+def test_another_checkpoint_of_the_run_is_refused_by_the_name_of_the_one_that_was_swept(
+    story: Story, run_folder: str, way: str
+):
+    older, newer = sorted(Path(run_folder).glob("checkpoints/step_*"))
+    changes = {"model": str(older), way: "exhaustive" if way == "search" else True}
+
+    with pytest.raises(ValueError, match=rf"EMA of decay 0\.5 of {newer} .* that of {older} has"):
+        sweep.run(story.config.model_copy(update=changes))
 
 
 @pytest.mark.ray
