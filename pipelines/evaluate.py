@@ -235,25 +235,26 @@ def run_reference(config: ReferenceConfig) -> None:
     ]
     if missing:
         connect()
-        storage.check_writable(config.output.rpartition("/")[0] or "/")
-        with (
-            explained(config.output),
-            lease.claim(storage.join(pieces_uri(config.output), WRITER)),
-        ):
-            extract_pieces(config, images, identity, missing)
-    with explained(config.output):
+    storage.check_writable(config.output.rpartition("/")[0] or "/")
+    place = storage.join(pieces_uri(config.output), WRITER)
+    with explained(config.output), lease.claim(place) as held:
+        if missing:
+            extract_pieces(config, images, identity, missing, held)
+        held.check()
         write_reference(config.output, identity, all_pieces(config.output, identity, images))
-    storage.delete(pieces_uri(config.output))
+        storage.delete(pieces_uri(config.output))
     logger.info("reference: %s, %d images", config.output, images.num_images)
 
 
 def extract_pieces(
-    config: ReferenceConfig, images: RealImages, identity: ReferenceIdentity, pieces: list[range]
-) -> None:
+    config: ReferenceConfig, images: RealImages, identity: ReferenceIdentity, pieces: list[range],
+    held: lease.Lease,
+) -> None:  # fmt: skip
     """Extract and publish these pieces, by a fleet of workers.
 
     Raises:
         FileNotFoundError, PermissionError, ValueError: an image cannot be used, or not be read.
+        PermissionError: or another process took over meanwhile.
         StageFailed: a piece could not be written, or its workers died.
     """
     runtime.quiet_data()
@@ -279,6 +280,7 @@ def extract_pieces(
             for row in answers:
                 if row["error"]:
                     raise kinds.get(row["kind"], StageFailed)(row["error"])
+                held.check()
                 progress.add(row["images"])
     except ray.exceptions.RayError as error:
         raise StageFailed(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
+import json
+import logging
 import random
 import socket
 import struct
@@ -20,6 +23,27 @@ import pytest
 DROPPED = ("content-length", "transfer-encoding", "connection")
 AWAY_S = 2.0
 ERROR = "<Error><Code>{code}</Code><Message>{code}, says the proxy</Message></Error>"
+
+
+@contextlib.contextmanager
+def replaced(folder: Path, moment: str) -> Iterator[Path]:
+    """Let another writer take a folder over as soon as a line of the log begins like this, and go
+    on once the first one's signs of life have met it; yields the other one's file."""
+    file = folder / "00002.json"
+    owner = {"command": "jit", "pid": 7, "host": "elsewhere", "since": "today", "released": False}
+
+    class Successor(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith(moment) and not file.exists():
+                file.write_text(json.dumps(owner), encoding="utf-8")
+                time.sleep(1)
+
+    watcher, logger = Successor(), logging.getLogger("pipelines")
+    logger.addHandler(watcher)
+    try:
+        yield file
+    finally:
+        logger.removeHandler(watcher)
 
 
 class FaultyStore(ThreadingHTTPServer):

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from pipelines.evaluate import run, run_reference
 from pipelines.features import standard_inception
 from pipelines.images import encode
 from pipelines.reference import is_kept, read_reference
-from tests.pipelines.conftest import FaultyStore
+from tests.pipelines.conftest import FaultyStore, replaced
 
 MODEL = ModelConfig(
     image_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8,
@@ -459,6 +460,50 @@ def test_a_folder_that_another_process_draws_into_is_left_to_it(
         run(config(artifact, reference, tmp_path / "output"))
 
     assert not (tmp_path / "output" / "features").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("stage", "moment"),
+    [
+        ("evaluate", "drew 24 of 24"),
+        pytest.param("evaluate", "drew ", marks=pytest.mark.slow),
+        pytest.param("reference", "extracted ", marks=pytest.mark.slow),
+        pytest.param("reference", "extracted 40 of 40", marks=pytest.mark.slow),
+    ],
+)
+def test_who_was_replaced_while_it_slept_stops_and_leaves_the_folder_to_its_successor(
+    artifact: Path,
+    reference: Path,
+    dataset: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,  # its level lets the messages pass
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    moment: str,
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    output = tmp_path / ("output" if stage == "evaluate" else "r.npz")
+    pieces = tmp_path / "r.npz.pieces"
+    folder = (output if stage == "evaluate" else pieces) / "writer"
+    work = {
+        "evaluate": partial(run, config(artifact, reference, output)),
+        "reference": partial(
+            run_reference, ReferenceConfig(data=str(dataset), output=str(output), workers=1)
+        ),
+    }[stage]
+
+    with (
+        replaced(folder, moment) as successor,
+        pytest.raises(PermissionError, match="was replaced by `jit`, process 7 on elsewhere"),
+    ):
+        work()
+
+    assert successor.exists()
+    assert not (output / "report.json").exists()
+    if stage == "reference":
+        assert not output.exists()
 
 
 @pytest.mark.ray

@@ -22,7 +22,7 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from pipelines import evaluate, export, storage, sweep, sweep_report
+from pipelines import evaluate, export, lease, storage, sweep, sweep_report
 from pipelines.cli import resolve
 from pipelines.config import (
     EvaluateConfig,
@@ -37,6 +37,7 @@ from pipelines.drawing import code_sha256
 from pipelines.features import get_extractor
 from pipelines.fit import LocalContext, fit
 from pipelines.report import command
+from tests.pipelines.conftest import replaced
 from tests.pipelines.runs import config_for
 
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -400,6 +401,27 @@ def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
         with pytest.raises(ValueError, match=r"holds another sweep: seed is 0 there, 7 here"):
             sweep.run(story.config.model_copy(update={"seed": 7, **way}))
     assert written(story.output) == before
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("moment", ["drew 5 ", "drew 20 of 20", "drew 40 of 40"])
+def test_a_sweep_that_was_replaced_while_it_slept_stops_and_leaves_the_folder_to_its_successor(
+    run_folder: str, reference: str, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, moment: str,
+):  # fmt: skip
+    caplog.set_level(logging.INFO)  # lets the messages pass
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    grid = GridConfig(ema=(0.5,), cfg_scale=(1.0,), cfg_interval=((0.0, 1.0),))
+
+    with (
+        replaced(tmp_path / "output" / "writer", moment) as successor,
+        pytest.raises(PermissionError, match="was replaced by `jit`, process 7 on elsewhere"),
+    ):
+        sweep.run(config(run_folder, reference, tmp_path / "output", grid=grid))
+
+    assert successor.exists()
+    assert not (tmp_path / "output" / "report.json").exists()
 
 
 @pytest.mark.ray
