@@ -76,6 +76,9 @@ class Card(NamedTuple):
     node: str
     device: str
     """Its kind."""
+    torch: str
+    code: str
+    """As a plan has them."""
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.node}, {self.device}"
@@ -100,14 +103,16 @@ class SampleWorker:
     def start(self) -> Card:
         self.device = pick_device()
         self.extractor = get_extractor(self.extractor_name, self.weights, self.device)
-        self.card = Card(os.getpid(), platform.node(), device_name(self.device))
+        device = device_name(self.device)
+        self.card = Card(os.getpid(), platform.node(), device, torch.__version__, code_sha256())
         return self.card
 
     def hold(self, job: Job) -> None:
         """Load the model of a job, unless it is the one that is held.
 
         Raises:
-            ValueError: other devices than this one began to draw, and they may not be mixed.
+            ValueError: other devices than this one began to draw, and they may not be mixed; or
+                the programs here are not those of the plan.
         """
         plan = job.plan
         if plan.device != self.card.device and not job.mix_devices:
@@ -115,6 +120,13 @@ class SampleWorker:
                 f"{self.card} would draw what {plan.device} began in {job.output}, and round "
                 f"differently. Choose workers of one kind, or {MIX}"
             )
+        for field, what in (("torch", "torch"), ("code", "the sources of jitmodel")):
+            here, begun = getattr(self.card, field), getattr(plan, field)
+            if here != begun:
+                raise ValueError(
+                    f"{self.card} has {what} {here}, the plan of {job.output} {begun}, which may "
+                    "round differently: install the same on every node"
+                )
         wanted = (plan.weights_sha256, plan.precision, plan.compile)
         if wanted != self.loaded:
             self.model = store_as_computed(load_model(job.source, self.device), plan.precision)

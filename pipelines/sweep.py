@@ -329,7 +329,8 @@ def time_lines(sweep: Sweep) -> list[str]:
     workers, gpu = fleet(config.workers, config.num_images)
     weights = portable_weights(config.extractor, config.weights)
     with Pool(SweepWorker, config.extractor, weights, workers=1, gpu=gpu) as pool:
-        (_, speed), *_ = pool.map([(sweep.cell_job(cells[0])._replace(mix_devices=True), None)])
+        job = sweep._replace(drawn_by={}).cell_job(cells[0])._replace(mix_devices=True)
+        (_, speed), *_ = pool.map([(job, None)])
     each = sorted(sweep.cell_job(cell).plan.network_evaluations() for cell in cells)
     most = most_cells(sweep.lines, config.search)
     there = [cell for cell in cells if stored_result(sweep, sweep.cell_job(cell))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import tarfile
 from pathlib import Path
 
@@ -206,6 +207,19 @@ def test_a_device_that_rounds_differently_draws_only_where_mixing_is_allowed(
     part = read_part(part_uri(job.output, 0), elsewhere.plan, 0)
     assert part is not None
     assert part.device == worker.card.device
+
+
+@pytest.mark.parametrize("field", ["torch", "code"])
+def test_a_worker_with_other_programs_than_the_plans_draws_nothing(
+    artifact: Path, worker: SampleWorker, tmp_path: Path, field: str
+):
+    job = make_job(artifact, tmp_path)
+    elsewhere = job._replace(plan=job.plan.model_copy(update={field: "another"}), mix_devices=True)
+
+    here = re.escape(getattr(job.plan, field))
+    with pytest.raises(ValueError, match=f"has .* {here}, the plan of .* another, which may round"):
+        worker.run((elsewhere, 0))
+    assert not (tmp_path / "features").exists()
 
 
 def test_a_store_that_refuses_us_is_no_reason_to_draw_again(
