@@ -387,9 +387,9 @@ def read_times(job: Job) -> tuple[int, float]:
     for chunk in range(job.plan.num_chunks):
         try:
             took = storage.read_json(time_uri(job.output, chunk))
-        except (FileNotFoundError, ValueError):  # killed before it, or in it
-            continue
-        images, seconds = images + took["images"], seconds + took["seconds"]
+            images, seconds = images + int(took["images"]), seconds + float(took["seconds"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            continue  # a missing or damaged statistic shall not cost an evaluation
     return images, seconds
 
 

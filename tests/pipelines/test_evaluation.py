@@ -20,8 +20,8 @@ from jitmodel.model import JiT
 from jitmodel.parallel import store_as_computed
 from pipelines import evaluation, metrics, storage
 from pipelines.config import EvaluateConfig, KeepImages
-from pipelines.drawing import draw_batch, part_uri, pixels_sha256, read_part
-from pipelines.evaluation import Job, SampleWorker, missing_chunks, read_drawn
+from pipelines.drawing import draw_batch, part_uri, pixels_sha256, read_part, time_uri
+from pipelines.evaluation import Job, SampleWorker, missing_chunks, read_drawn, read_times
 from pipelines.features import get_extractor, portable_weights
 from pipelines.models import find_model, load_model
 from pipelines.reference import Reference, ReferenceIdentity, real_images
@@ -301,6 +301,16 @@ def test_class_names_that_one_side_does_not_know_are_said_to_be_taken_on_trust()
     assert said(named, named) == []
     assert "the model's: that both are about the same classes was taken on" in said(named, ())[0]
     assert "the reference's: that both" in said((), named)[0]
+
+
+def test_a_damaged_statistic_costs_its_hours_and_not_the_evaluation(artifact: Path, tmp_path: Path):
+    job = make_job(artifact, tmp_path)
+    (tmp_path / "times").mkdir()
+    contents = ['{"images": 4, "seconds": 2.5}', '{"images": 4, "sec', "", "null", "{}", "[1, 2]"]
+    for chunk, content in enumerate(contents):
+        Path(time_uri(job.output, chunk)).write_text(content)
+
+    assert read_times(job) == (4, 2.5)
 
 
 def test_pages_of_missing_parts_cannot_be_judged(artifact: Path, tmp_path: Path):
