@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from jitmodel.artifact import ArtifactInfo, save_artifact
-from jitmodel.config import ModelConfig, SamplerConfig
+from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
 from jitmodel.parallel import parallelize, store_as_computed, tune_cpu
 from jitmodel.sampler import sample, start_noise
@@ -34,9 +35,9 @@ STEPS, BATCH, WARM, TIMED, ROUNDS = 10, 4, 1, 5, 5
 
 
 def apart(function: Callable[..., Any], *arguments: object) -> Any:
-    """What a function returns in a new process."""
-    with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    """What a function returns in a new process, which ends by itself: Ray's must not be killed."""
+    with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def save_small(folder: Path) -> None:
@@ -201,24 +202,67 @@ def cost(call: Callable[[], object]) -> dict:
     }
 
 
-def metrics_cost(num: int, width: int, real: int) -> dict:
-    """What all metrics of stored features cost."""
-    from pipelines.metrics import Moments, Real, Statistics, all_metrics
+def stored_job(folder: Path, num: int) -> tuple[Any, Any]:
+    """An evaluation of that many images in the paper's chunks, and an extractor as wide as
+    Inception."""
+    from pipelines.drawing import Plan
+    from pipelines.evaluation import Job
+    from pipelines.features import Identity
+    from pipelines.models import Source
 
-    tune_cpu(threads=2)
+    identity = Identity("bench", "0", 299, "none", 2048, 1008, 2023)
+    plan = Plan(
+        num_images=num, batch=100, chunk_batches=5, seed=0, precision="bf16", model=SMALL,
+        sampler=SamplerConfig(), flow=FlowConfig(), weights_sha256="0", device="none",
+        extractor=identity.as_dict(), torch="0", code="0",
+    )  # fmt: skip
+    return Job(Source("", True, ArtifactInfo(model=SMALL)), plan, str(folder)), identity
+
+
+def store(folder: Path, num: int, real: int) -> None:
+    """Publish random features as workers do, and a reference that keeps `real` of its own."""
+    from pipelines.drawing import Part, part_uri, write_part
+    from pipelines.metrics import Moments
+
     rng = np.random.default_rng(0)
+    job, identity = stored_job(folder, num)
 
-    def features(rows: int, columns: int) -> np.ndarray:
-        found = np.empty((rows, columns), np.float32)
-        for i in range(0, rows, 1000):
-            found[i : i + 1000] = rng.standard_normal((len(found[i : i + 1000]), columns))
+    def features(rows: int, width: int) -> np.ndarray:
+        found = rng.standard_normal((rows, width), np.float32)
         return np.maximum(found, 0, out=found)
 
-    drawn, logits, spatial = (features(num, w) for w in (width, 1008, 2023))
-    some = features(real, width)
-    m, s = Moments.of(some), Moments.of(spatial[:real])
-    pooled, layer = Statistics(m.mean, m.covariance), Statistics(s.mean, s.covariance)
-    return cost(lambda: all_metrics(drawn, logits, spatial, Real(pooled, layer, some)))
+    for chunk in range(job.plan.num_chunks):
+        rows = len(job.plan.rows(chunk))
+        drawn = [
+            features(rows, width)
+            for width in (identity.num_features, identity.num_logits, identity.num_spatial)
+        ]
+        part = Part(np.zeros(rows, int), [bytes(32)] * rows, *drawn, shown={}, device="none")
+        write_part(part_uri(job.output, chunk), part, job.plan, chunk)
+    kept = features(real, identity.num_features)
+    pooled, layer = Moments.of(kept), Moments.of(features(real, identity.num_spatial))
+    np.savez(
+        folder / "reference.npz", count=real, features=kept, mu=pooled.mean,
+        sigma=pooled.covariance, mu_s=layer.mean, sigma_s=layer.covariance,
+    )  # fmt: skip
+
+
+def judging_cost(folder: Path, num: int, is_read_only: bool) -> dict:
+    """What a second `jit evaluate` costs, which finds that nothing is left to draw."""
+    from pipelines.evaluation import judge, missing_chunks, read_drawn
+    from pipelines.reference import read_reference
+
+    tune_cpu(threads=2)
+    job, identity = stored_job(folder, num)
+
+    def work() -> None:
+        reference = read_reference(str(folder / "reference.npz"))
+        assert missing_chunks(job) == []  # reads every part, as read_drawn does again
+        drawn = read_drawn(job)
+        if not is_read_only:
+            judge(drawn, reference, identity)
+
+    return cost(work)
 
 
 def neighbours_cost(num: int, width: int) -> dict:
@@ -233,11 +277,20 @@ def neighbours_cost(num: int, width: int) -> dict:
     return cost(lambda: neighbourhoods(drawn, real, (3, 5)))
 
 
-def judging() -> dict:
-    row = {"what": "all metrics, 50,000 against 10,000 kept features"}
+def judging(num: int = 50_000, real: int = 10_000) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        apart(store, Path(folder), num, real)
+        rows = [
+            {"what": what, **apart(judging_cost, Path(folder), num, is_read_only)}
+            for what, is_read_only in (
+                ("reference and all chunks are read and checked, the chunks twice", True),
+                (f"the same, and all metrics against {real:,} kept features", False),
+            )
+        ]
     return {
-        "title": "metrics of 50,000 x 2048 stored features, 1008 logits, 2023 spatial, two threads",
-        "rows": [row | apart(metrics_cost, 50_000, 2048, 10_000)],
+        "title": f"a finished folder of {num:,} x 2048 features, 1008 logits, 2023 spatial, two "
+        "threads, files in the page cache",
+        "rows": rows,
     }
 
 
