@@ -111,6 +111,7 @@ class Server:
         """Lets a service answer, with the keys of a wish."""
         keys = tuple(Key(sha256, concurrent) for sha256, concurrent in wanted.keys)
         self.live.current = dataclasses.replace(service, keys=keys)
+        self.meter.engines.setdefault(service.engine, (0, 0.0, 0))  # once it is no longer to come
 
     async def replace(self, wanted: Wanted) -> None:
         """Loads a successor beside what is served and lets it take over, unless it is refused."""
@@ -138,8 +139,8 @@ class Server:
 
     async def record_autoscaling_stats(self) -> dict[str, int]:
         """What the policy of `pipelines.scaling` counts; asked by Ray Serve."""
-        engine = self.live.service.engine
-        return {scaling.IMAGES: engine.running + engine.waiting}
+        engines = list(self.meter.engines)  # one that drains takes its share of the machine too
+        return {scaling.IMAGES: sum(engine.running + engine.waiting for engine in engines)}
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
@@ -357,6 +358,8 @@ class Meter:
             "jit_request_seconds", "Seconds of an image request.", SECONDS, ("phase",)
         )
         self.slots.set(slots)
+        self.engines: dict[Engine, tuple[int, float, int]] = {}
+        """Each that draws, with its ticks, their seconds and its images when it was read last."""
 
     def report(self, record: RequestRecord) -> None:
         """One request is over."""
@@ -367,21 +370,27 @@ class Meter:
                 self.seconds.observe(getattr(record, f"{phase}_s"), tags={"phase": phase})
 
     def watch(self, live: Live) -> None:
-        """Reads the engine's counts every second, in a thread that ends with the process."""
+        """Reads the engines every second, in a thread that ends with the process."""
         threading.Thread(target=self._watch, args=(live,), daemon=True).start()
 
     def _watch(self, live: Live) -> None:
-        counters = (self.ticks, self.ticking, self.images)
-        engine, before = live.service.engine, (0, 0.0, 0)
         while True:
-            last = engine is not live.service.engine and not engine.running + engine.waiting
+            self.read(live)
+            time.sleep(GAUGE_PERIOD_S)
+
+    def read(self, live: Live) -> None:
+        """Counts what every engine did since the last time; one that drained is let go then."""
+        used = queue = 0
+        for engine, before in list(self.engines.items()):
+            is_done = engine is not live.service.engine and not engine.running + engine.waiting
             now = (engine.ticks, engine.ticking_s, engine.images)
+            counters = (self.ticks, self.ticking, self.images)
             for counter, least, most in zip(counters, before, now, strict=True):
                 if most > least:
                     counter.inc(most - least)
-            before = now
-            self.used.set(engine.running)
-            self.queue.set(engine.waiting)
-            if last:  # its successor is read from now on
-                engine, before = live.service.engine, (0, 0.0, 0)
-            time.sleep(GAUGE_PERIOD_S)
+            self.engines[engine] = now
+            used, queue = used + engine.running, queue + engine.waiting
+            if is_done:
+                del self.engines[engine]
+        self.used.set(used)
+        self.queue.set(queue)

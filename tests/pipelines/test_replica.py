@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,56 @@ def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_p
             await settled(server)
             assert (await client.get("/v1/models")).status_code == 401
         server.live.service.engine.close()
+
+    asyncio.run(story())
+
+
+def test_the_images_of_every_engine_count_while_old_ones_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(replica, "GAUGE_PERIOD_S", 0.02)
+    for seed, name in enumerate("ab"):
+        make_artifact(tmp_path / name, seed)
+    seen = Counter[str]()
+
+    async def story() -> None:
+        server = Server(CONFIG)
+        meter, live = server.meter, server.live
+        monkeypatch.setattr(meter.images, "inc", lambda more: seen.update(images=more))
+        monkeypatch.setattr(meter.used, "set", lambda now: seen.update({f"{now} used": 1}))
+        app = server.__serve_build_asgi_app__()
+        await server.reconfigure({"model": str(tmp_path / "a")})
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+
+            async def draw(steps: int) -> None:
+                body = {"prompt": "0", "num_inference_steps": steps}
+                answer = await client.post("/v1/images/generations", json=body, timeout=60)
+                assert answer.status_code == 200, answer.text
+
+            long = [asyncio.create_task(draw(10_000)), asyncio.create_task(draw(10_000))]
+            while live.service.engine.running < 2:
+                await asyncio.sleep(0.01)
+            await server.reconfigure({"model": str(tmp_path / "b")})
+            while len(meter.engines) < 2:
+                await asyncio.sleep(0.01)
+            long.append(asyncio.create_task(draw(10_000)))  # beside the two of the old engine
+            while not seen["3 used"]:
+                await asyncio.sleep(0.01)
+                assert not long[0].done()
+            assert await server.record_autoscaling_stats() == {"images": 3}
+            await server.reconfigure({"model": str(tmp_path / "a")})
+            while len(meter.engines) < 3:
+                await asyncio.sleep(0.01)
+            for _ in range(5):
+                await draw(2)
+            for task in long:
+                task.cancel()
+            await settled(server)
+            while len(meter.engines) > 1:
+                await asyncio.sleep(0.01)
+        live.service.engine.close()
+        assert seen["images"] == 5
 
     asyncio.run(story())
 
