@@ -57,7 +57,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     classes = tuple(ClassInfo(name=get_1k_class_name(i)) for i in range(1000))
-    sampler = SamplerConfig(steps=20, cfg_scale=1.5)
+    sampler = SamplerConfig(steps=20, cfg_scale=2.25)
     info = ArtifactInfo(model=config, sampler=sampler, classes=classes, run="random-16")
     save_artifact(folder, model.state_dict(), info)
     return folder
@@ -204,6 +204,17 @@ def test_a_seed_larger_than_a_javascript_number_is_drawn_as_it_was_typed(visit: 
     assert '"seed":9007199254740993' in page.text_content("#curl")
     page.click("#grid li:nth-child(1) button")
     assert "9007199254740993, index 0" in page.text_content("#large-text")
+
+
+def test_the_guidance_of_the_model_is_exact_until_somebody_moves_it(visit: Visit):
+    page = visit(DESKTOP)
+    page.fill("#prompt", "tench")
+
+    assert page.text_content("#scale-value") == "2.25"
+    assert '"guidance_scale":2.25,' in page.text_content("#curl")
+    page.fill("#scale", "3.1")
+    assert page.text_content("#scale-value") == "3.1"
+    assert '"guidance_scale":3.1,' in page.text_content("#curl")
 
 
 def test_the_curl_line_is_selected_where_the_clipboard_is_out_of_reach(visit: Visit):
