@@ -348,8 +348,8 @@ def describe(info: ArtifactInfo) -> str:
 
 def example(url: str, info: ArtifactInfo, *, keyed: bool) -> str:
     """A curl line that draws an image."""
-    name = ClassIndex(info.classes, info.model.num_classes).infos[0].name
-    body = json.dumps({"prompt": name, "n": 1, "seed": 0}).replace("'", "'\\''")
+    prompt = ClassIndex(info.classes, info.model.num_classes).prompt(0)
+    body = json.dumps({"prompt": prompt, "n": 1, "seed": 0}).replace("'", "'\\''")
     key = f"-H 'Authorization: Bearer '\"${KEY_VARIABLE}\" " if keyed else ""
     return (
         f"curl {url}/v1/images/generations {key}-H 'Content-Type: application/json' -d '{body}' "

@@ -150,6 +150,14 @@ def test_a_port_in_use_and_a_request_that_never_fits_are_refused(
         ServeConfig(max_queue=4)
 
 
+def test_the_curl_line_of_the_log_names_one_class():
+    for names, prompt in (("boot", "bag"), "boot"), (("crane", "crane"), "class:0"):
+        classes = tuple(ClassInfo(name=name) for name in names)
+        model = MODEL.model_copy(update={"num_classes": 2})
+        info = ArtifactInfo(model=model, sampler=SamplerConfig(), classes=classes)
+        assert f'"prompt": "{prompt}"' in serve.example("http://localhost", info, keyed=False)
+
+
 def test_loopback_is_recognised():
     hosts = ["127.0.0.1", "127.0.1.5", "localhost", "::1", "0.0.0.0", "::", "192.0.2.1", "example"]
     assert [is_loopback(host) for host in hosts] == [True] * 4 + [False] * 4
