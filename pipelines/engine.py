@@ -123,13 +123,52 @@ class _Request:
     def waiting(self) -> int:
         return len(self.drawings) - self.dealt
 
-    def turn(self, now: float, slots: int, tick_s: float) -> tuple[int, float, int]:
-        """Its turn among those that wait, least first: what is short of time, what has little."""
-        image_s = self.drawings[self.dealt].evaluations * tick_s
-        rounds, left_s = math.ceil(self.waiting / slots), self.deadline - now
+
+class _Line:
+    """Requests that wait for slots: whose turn it is, without a look at all of them.
+
+    First what is short of time, then what has fewest images in slots, then the earliest deadline.
+    Entries of the heaps that the request has outgrown stay until they come up.
+    """
+
+    def __init__(self, requests: Sequence[_Request], slots: int, tick_s: float) -> None:
+        self._slots, self._tick_s = slots, tick_s
+        self._requests = {request.number: request for request in requests}
+        self._calm: list[tuple[int, float, int]] = []  # (running, deadline, number)
+        self._soon: list[tuple[float, float, float, int, int]] = []
+        """(urgent from, deadline, urgent until, number, dealt)"""
+        self._urgent: list[tuple[float, float, int, int]] = []  # the same without the first
+        for request in requests:
+            self.join(request)
+
+    def join(self, request: _Request) -> None:
+        """Gives a request its place, also when another of its images has a slot or is done."""
+        if not request.waiting:
+            return
+        image_s = request.drawings[request.dealt].evaluations * self._tick_s
+        rounds, deadline = math.ceil(request.waiting / self._slots), request.deadline
         # One round more, since slots are not free at once; who cannot be in time is not helped.
-        urgent = rounds * image_s <= left_s <= RESERVE * (rounds + 1) * image_s
-        return -1 if urgent else self.running, self.deadline, self.number
+        since, until = deadline - RESERVE * (rounds + 1) * image_s, deadline - rounds * image_s
+        heapq.heappush(self._soon, (since, deadline, until, request.number, request.dealt))
+        heapq.heappush(self._calm, (request.running, deadline, request.number))
+
+    def first(self, now: float) -> _Request | None:
+        """Whose turn it is; None if nobody waits. Time does not go back from call to call."""
+        while self._soon and self._soon[0][0] <= now:
+            heapq.heappush(self._urgent, heapq.heappop(self._soon)[1:])
+        while self._urgent:
+            _, until, number, dealt = self._urgent[0]
+            request = self._requests[number]
+            if now <= until and dealt == request.dealt:
+                return request
+            heapq.heappop(self._urgent)
+        while self._calm:
+            running, _, number = self._calm[0]
+            request = self._requests[number]
+            if request.waiting and running == request.running:
+                return request
+            heapq.heappop(self._calm)
+        return None
 
 
 @dataclass(eq=False)
@@ -425,21 +464,23 @@ class Engine:
 
     def _admit(self, now: float) -> list[tuple[int, _Slot]]:
         """Frees the slots of dropped requests and deals waiting drawings to free slots."""
-        joined = []
-        for i, slot in enumerate(self._slots):
-            if slot is not None and not slot.request.future.done():
-                continue
+        free = [
+            i for i, slot in enumerate(self._slots) if slot is None or slot.request.future.done()
+        ]
+        joined: list[tuple[int, _Slot]] = []
+        line = _Line(self._requests if free else (), len(self._slots), self.tick_s)
+        for i in free:
             self._slots[i] = None
-            waiting = [r for r in self._requests if r.waiting]
-            if not waiting:
+            request = line.first(now)
+            if request is None:
                 continue
-            request = min(waiting, key=lambda r: r.turn(now, len(self._slots), self.tick_s))
             if request.dealt == 0:
                 request.started = now
             steps = request.drawings[request.dealt].sampler.steps
             slot = _Slot(request, request.dealt, times(steps))
             self._slots[i] = slot
             request.dealt += 1
+            line.join(request)
             joined.append((i, slot))
         return joined
 
@@ -539,32 +580,32 @@ class Engine:
         nothing else came: plays on copies what `_admit` will do."""
         tick_s, slots = RESERVE * self.tick_s, len(self._slots)
         copies = {r.number: replace(r, images=dict(r.images)) for r in requests}
-        waiting = [r for r in copies.values() if r.waiting]
+        line = _Line([*copies.values()], slots, tick_s)
         ends = [  # (tick, request, position) of the images in slots
             (slot.evaluations_left, slot.request.number, slot.position)
             for slot in self._slots
             if slot is not None and slot.request.number in copies
         ]
         heapq.heapify(ends)
-        late, tick = set(), 0
-        while ends or waiting:
-            while waiting and len(ends) < slots:
-                moment = now + tick * tick_s
-                request = min(waiting, key=lambda r: r.turn(moment, slots, tick_s))
+        late: set[int] = set()
+        tick = 0
+        while True:
+            while len(ends) < slots and (request := line.first(now + tick * tick_s)):
                 end = tick + request.drawings[request.dealt].evaluations
                 heapq.heappush(ends, (end, request.number, request.dealt))
                 request.dealt += 1
-                if not request.waiting:
-                    waiting.remove(request)
+                line.join(request)
+            if not ends:
+                return late
             tick = ends[0][0]
             while ends and ends[0][0] == tick:
                 _, number, position = heapq.heappop(ends)
                 request = copies[number]
                 request.images[position] = _UNSEEN
+                line.join(request)
                 done = len(request.images) == len(request.drawings)
                 if done and now + tick * tick_s > request.deadline:
                     late.add(number)
-        return late
 
     def _expected_s(self, drawings: Sequence[Drawing]) -> float:
         """Seconds for a request's own images, once they have the slots."""

@@ -23,6 +23,7 @@ from pipelines.engine import (
     Engine,
     EngineFailed,
     QueueFull,
+    _Request,
     few_sizes,
 )
 
@@ -307,6 +308,29 @@ def test_a_burst_after_light_traffic_is_not_taken_for_as_cheap(
 
     assert len(taken) > 8, "more than the slots hold have the time"
     assert not [f for f in taken if isinstance(f.exception(0), DeadlineExceeded)]
+
+
+def test_to_submit_is_not_to_look_through_the_queue_once_for_every_image_in_it(
+    model: JiT, monkeypatch: pytest.MonkeyPatch
+):
+    looks = 0
+    waiting = _Request.waiting.fget
+
+    def looked(request: _Request) -> int:
+        nonlocal looks
+        looks += 1
+        return waiting(request)
+
+    engine = Engine(model, torch.device("cpu"), slots=4, max_queue=400)
+    engine.tick_s = 0.001
+    for _ in range(400):
+        engine.submit([drawing()], timeout_s=60)
+    monkeypatch.setattr(_Request, "waiting", property(looked))
+
+    engine.submit([drawing()], timeout_s=60)  # plays the schedule through
+    engine.tick()  # deals four slots
+
+    assert looks < 10 * 400
 
 
 def test_a_late_request_fails_and_frees_its_slots(model: JiT):
