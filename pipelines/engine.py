@@ -41,7 +41,7 @@ from torch import Tensor
 
 from jitmodel.config import SamplerConfig
 from jitmodel.flow import per_image
-from jitmodel.sampler import Network, guided_velocity, start_noise, times
+from jitmodel.sampler import Network, guidance_acts, guided_velocity, start_noise, times
 
 logger = logging.getLogger(__name__)
 
@@ -260,12 +260,13 @@ class Engine:
         self.network = PaddedNetwork(network, pad_to) if pad_to else network
         self.max_queue = max_queue
         self.tick_s = 0.0
-        """Measured seconds of a tick with every slot occupied."""
+        """Measured seconds of a tick with every slot occupied, and guided."""
         self.failures = 0
         """Ticks that raised since the last that did not."""
         self.ticks, self.ticking_s, self.images = 0, 0.0, 0
         """Ticks that drew, the seconds they took, and images that were finished, since ever."""
         self._ended: float | None = None  # when the last tick ended, if images were on their way
+        self._rows = 0  # that the network saw in the last tick, without padding
         self._pad_to = sorted(pad_to)
         self._precision = precision
         self._slots: list[_Slot | None] = [None] * slots
@@ -340,10 +341,11 @@ class Engine:
                 )
             # Under overload every accepted request is the last one that fits, so an estimate
             # without a reserve would let half of them come late.
-            needed_s = RESERVE * (backlog_s + self._expected_s(drawings))
+            waiting_s = backlog_s if images + len(drawings) > len(self._slots) else 0.0
+            needed_s = RESERVE * (waiting_s + self._expected_s(drawings))
             if backlog_s > 0 and needed_s > timeout_s:  # an idle engine always tries
                 raise QueueFull(
-                    f"the images would take up to {needed_s:.1f} s ({RESERVE * backlog_s:.1f} s "
+                    f"the images would take up to {needed_s:.1f} s ({RESERVE * waiting_s:.1f} s "
                     f"of them waiting) and the deadline is {timeout_s:g} s",
                     needed_s - timeout_s,
                 )
@@ -432,13 +434,14 @@ class Engine:
         self._ended = now if any(slot is not None for slot in self._slots) else None
         self.ticks, self.ticking_s = self.ticks + 1, self.ticking_s + seconds
         # Quick to see that ticks got slower, slow to believe that they got faster: what is
-        # accepted in a short lull would be late after it. A tick with room in it may be the
-        # cheaper for it, and says nothing about a full one, unless it took longer still.
-        full = len(batch) / len(self._slots)
+        # accepted in a short lull would be late after it. Fewer rows say no more of a full tick
+        # than that it takes at least as long, and at most as much longer as it has more rows.
+        weight = len(batch) / len(self._slots)
+        most_s = seconds * 2 * len(self._slots) / self._rows
         if seconds > self.tick_s:
-            self.tick_s += 0.2 * full * (seconds - self.tick_s)
-        elif full == 1:
-            self.tick_s += 0.02 * (seconds - self.tick_s)
+            self.tick_s += 0.2 * weight * (seconds - self.tick_s)
+        elif most_s < self.tick_s:
+            self.tick_s += 0.02 * weight * (most_s - self.tick_s)
         return True
 
     def _run(self) -> None:
@@ -506,6 +509,7 @@ class Engine:
 
         z = self._z[rows]
         t = torch.where(again, next_, here)
+        self._rows = len(batch) + int(guidance_acts(t, scale, low, high).sum())
         v, x_pred = guided_velocity(self.network, z, t, y, scale, low, high)
         # Where the step begins, z0 = z and v0 = v, so that the mean below is v itself: one formula
         # for Euler, Heun's prediction and Heun's correction.

@@ -286,28 +286,63 @@ def test_nobody_who_was_accepted_is_late(monkeypatch: pytest.MonkeyPatch, load: 
     assert large, "and large ones are not shut out"
 
 
-@pytest.mark.parametrize("before", [0, 10, 30])
+@pytest.mark.parametrize(("before", "images"), [(0, 1), (10, 1), (30, 1), (10, 8)])
 def test_a_burst_after_light_traffic_is_not_taken_for_as_cheap(
-    monkeypatch: pytest.MonkeyPatch, before: int
+    monkeypatch: pytest.MonkeyPatch, before: int, images: int
 ):
-    """A tick of one image costs less than a full one, and says nothing about it."""
+    """A tick of one image, or of eight without guidance, costs less than a full one."""
     clock = Clock()
     monkeypatch.setattr("pipelines.engine.time", clock)
     engine = Engine(clock, torch.device("cpu"), slots=8, max_queue=64)
-    engine.tick_s = 0.01
-    one = drawing(steps=50, solver="heun")
+    engine.warm_up()
     for _ in range(before):
-        engine.submit([one], timeout_s=4)
+        engine.submit([drawing(steps=50, solver="heun")] * images, timeout_s=60)
         run_dry(engine)
 
     taken: list[Future[Drawn]] = []
     for _ in range(72):
         with suppress(QueueFull):
-            taken.append(engine.submit([one], timeout_s=4))
+            guided = drawing(steps=50, solver="heun", cfg_scale=2.0, cfg_interval=(0, 1))
+            taken.append(engine.submit([guided], timeout_s=8))
     run_dry(engine)
 
     assert len(taken) > 8, "more than the slots hold have the time"
     assert not [f for f in taken if isinstance(f.exception(0), DeadlineExceeded)]
+
+
+def test_what_held_the_machine_up_is_forgotten_though_the_slots_are_never_full(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    clock = Clock()
+    monkeypatch.setattr("pipelines.engine.time", clock)
+    engine = Engine(clock, torch.device("cpu"), slots=8)
+    engine.warm_up()
+    one = drawing(steps=50, solver="heun")
+    for held_up_s in [1.0] * 40 + [0.0] * 30:
+        engine.submit([one], timeout_s=60)
+        engine.tick()
+        clock.now += held_up_s
+        run_dry(engine)
+
+    engine.submit([one], timeout_s=10)
+    engine.tick()
+    engine.submit([one], timeout_s=10)  # there is time for it: no QueueFull
+
+
+def test_who_finds_a_free_slot_waits_for_nobody(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    monkeypatch.setattr("pipelines.engine.time", clock)
+    engine = Engine(clock, torch.device("cpu"), slots=8)
+    engine.warm_up()
+    one = drawing(steps=50, solver="heun")
+    timeout_s = 1.6 * one.evaluations * engine.tick_s  # RESERVE is 1.5
+
+    drawn = [engine.submit([one], timeout_s=timeout_s) for _ in range(8)]
+    with pytest.raises(QueueFull, match="would take up to"):
+        engine.submit([one], timeout_s=timeout_s)
+    run_dry(engine)
+
+    assert all(f.exception(0) is None for f in drawn)
 
 
 def test_to_submit_is_not_to_look_through_the_queue_once_for_every_image_in_it(
