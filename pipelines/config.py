@@ -552,9 +552,9 @@ class ServeConfig(StageConfig):
     replicas: PositiveInt = 1
     """Replicas of the model; the least number of them with max_replicas."""
     max_replicas: int = Field(0, ge=0)
-    """Replicas at most, as many as keep requests at one a slot; 0 means always `replicas`."""
+    """Replicas at most, as many as keep images at one a slot; 0 means always `replicas`."""
     upscale_delay_s: float = Field(10.0, ge=0)
-    """How long there must be too many requests before another replica starts."""
+    """How long there must be too many images before another replica starts."""
     cpus: PositiveInt = 1
     """CPUs of a replica; its network computes with them where there is no GPU."""
     metrics_port: int = Field(0, ge=0, le=65535)

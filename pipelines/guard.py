@@ -38,6 +38,8 @@ from pipelines.telemetry import DRAWING_ROUTES, OPEN_ROUTES, record_of
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "JIT_API_KEY"
+QUEUE_FULL = "queue_full"
+"""Code of the error of a request for which an engine had no room, or no time."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def api_error(error: Exception) -> ApiError:
                 429,
                 f"the queue is full: {error}. Try again in {seconds} s",
                 type="rate_limit_error",
-                code="queue_full",
+                code=QUEUE_FULL,
                 headers={"Retry-After": str(seconds)},
             )
         case TimeoutError():

@@ -44,7 +44,7 @@ from pipelines.api import Live, Service, create_app
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
 from pipelines.engine import Drawing, Engine, EngineFailed, few_sizes
-from pipelines.guard import Key
+from pipelines.guard import QUEUE_FULL, Key
 from pipelines.proxy import Tally
 from pipelines.telemetry import RequestRecord
 
@@ -140,7 +140,10 @@ class Server:
     async def record_autoscaling_stats(self) -> dict[str, int]:
         """What the policy of `pipelines.scaling` counts; asked by Ray Serve."""
         engines = list(self.meter.engines)  # one that drains takes its share of the machine too
-        return {scaling.IMAGES: sum(engine.running + engine.waiting for engine in engines)}
+        images = sum(engine.running + engine.waiting for engine in engines)
+        # Slow images are refused for want of time long before slots and queue are full of them.
+        refused, self.meter.refused = self.meter.refused, False
+        return {scaling.IMAGES: max(images, self.config.slots + 1) if refused else images}
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
@@ -360,10 +363,13 @@ class Meter:
         self.slots.set(slots)
         self.engines: dict[Engine, tuple[int, float, int]] = {}
         """Each that draws, with its ticks, their seconds and its images when it was read last."""
+        self.refused = False
+        """Whether an engine had no room or no time since the autoscaling asked."""
 
     def report(self, record: RequestRecord) -> None:
         """One request is over."""
         self.tally.report(record)
+        self.refused |= record.code == QUEUE_FULL
         if record.drawing_s is not None:
             phases = ("queued", "drawing", "encoding", "total")
             for phase in phases:

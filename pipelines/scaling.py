@@ -9,7 +9,8 @@ import math
 from typing import Any
 
 IMAGES = "images"
-"""What a replica reports of itself: images that it draws, and that wait in its queue."""
+"""What a replica reports of itself: images that it draws and that wait in its queue, and at least
+one more than its slots while it refuses some."""
 POLICY = "pipelines.scaling:by_images"
 
 

@@ -137,6 +137,34 @@ def test_the_images_of_every_engine_count_while_old_ones_drain(
     asyncio.run(story())
 
 
+def test_a_replica_that_refuses_for_want_of_time_asks_for_another(tmp_path: Path):
+    make_artifact(tmp_path / "a", 1)
+
+    async def story() -> None:
+        server = Server(CONFIG)
+        app = server.__serve_build_asgi_app__()
+        await server.reconfigure({"model": str(tmp_path / "a")})
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            engine = server.live.service.engine
+            body = {"prompt": "0", "num_inference_steps": 10_000}
+            endless = asyncio.create_task(client.post("/v1/images/generations", json=body))
+            while not engine.running:
+                await asyncio.sleep(0.01)
+            assert await server.record_autoscaling_stats() == {"images": 1}
+
+            engine.tick_s = 60.0  # as if it had been measured
+            refused = await client.post("/v1/images/generations", json={"prompt": "0"})
+
+            assert refused.status_code == 429
+            assert await server.record_autoscaling_stats() == {"images": CONFIG.slots + 1}
+            assert await server.record_autoscaling_stats() == {"images": 1}, "once"
+            endless.cancel()
+        engine.close()
+
+    asyncio.run(story())
+
+
 def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
     good = make_artifact(tmp_path / "good", 1)
     make_artifact(tmp_path / "bad", 2)

@@ -299,8 +299,9 @@ def test_memory_is_flat_at_ten_times_capacity_through_ray(artifact: Path, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("clients", "n"), [(12, 1), (2, 16)])
 def test_a_long_queue_starts_a_second_replica_which_draws_too(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clients: int, n: int
 ):
     monkeypatch.setenv("RAY_DISABLE_WORKER_LOG_PREFIX", "0")  # the log tells which replica drew
     log = tmp_path / "log"
@@ -310,20 +311,20 @@ def test_a_long_queue_starts_a_second_replica_which_draws_too(
 
         def client() -> None:
             while not over.is_set():
-                asked = {"prompt": "0", "num_inference_steps": 60}
+                asked = {"prompt": "0", "num_inference_steps": 60, "n": n}
                 seen.append(httpx.post(url + PATH, json=asked, timeout=90).status_code)
 
         def drew() -> set[str]:
             drawn = r'pid=(\d+)\).*"path": "/v1/images/generations".*"status": 200'
             return set(re.findall(drawn, log.read_text()))
 
-        clients = [threading.Thread(target=client) for _ in range(12)]
-        for thread in clients:
+        threads = [threading.Thread(target=client) for _ in range(clients)]
+        for thread in threads:
             thread.start()
         wait_until("one replica draws", lambda: len(drew()) == 1, 30)
         wait_until("two replicas draw", lambda: len(drew()) == 2, 120)
         over.set()
-        for thread in clients:
+        for thread in threads:
             thread.join()
 
     assert set(seen) == {200}, "and nobody noticed"
