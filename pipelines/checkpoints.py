@@ -327,6 +327,7 @@ def save(
     rank: int,
     world_size: int,
     keep: Callable[[list[int]], set[int]],
+    check: Callable[[], None],
     group: dist.ProcessGroup | None = None,
     before: Callable[[], None] | None = None,
 ) -> str:
@@ -340,6 +341,7 @@ def save(
         rank: number of this process.
         world_size: number of processes.
         keep: which of the complete steps stay; the others are deleted.
+        check: raises if the run is not this one's to write any more; rank 0 asks.
         group: processes that talk to each other here; all by default.
         before: what rank 0 does before the checkpoint becomes valid.
 
@@ -354,6 +356,7 @@ def save(
     trouble = ""
     try:
         if rank == 0:
+            check()
             _delete(uri)  # what an interrupted save of the same step may have left
         files = _store_shards(uri, _scratch(run, rank), state, group, alone=world_size == 1)
         if rank == 0 and before:
@@ -365,6 +368,7 @@ def save(
     if rank == 0 and not troubles:
         sizes = {name: size for part, _ in everything for name, size in part.items()}
         try:
+            check()
             _publish(run, step, meta.model_copy(update={"files": sizes}), keep)
         except Exception as error:
             trouble = _cause(error)
@@ -462,12 +466,20 @@ class Saver:
         rank: number of this process.
         world_size: number of processes.
         keep: see `save`.
+        check: see `save`.
     """
 
     def __init__(
-        self, run: str, *, rank: int, world_size: int, keep: Callable[[list[int]], set[int]]
+        self,
+        run: str,
+        *,
+        rank: int,
+        world_size: int,
+        keep: Callable[[list[int]], set[int]],
+        check: Callable[[], None],
     ) -> None:
-        self.run, self.rank, self.world_size, self.keep = run, rank, world_size, keep
+        self.run, self.rank, self.world_size = run, rank, world_size
+        self.keep, self.check = keep, check
         self._group: dist.ProcessGroup | None = None
         if world_size > 1:
             group = dist.new_group(backend="gloo")
@@ -511,7 +523,7 @@ class Saver:
             try:
                 self._uri = save(
                     self.run, step, frozen, meta, rank=self.rank, world_size=self.world_size,
-                    keep=self.keep, group=self._group, before=before,
+                    keep=self.keep, check=self.check, group=self._group, before=before,
                 )  # fmt: skip
             except BaseException as error:  # handed to the training thread
                 self._error = error

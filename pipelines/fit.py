@@ -63,6 +63,9 @@ class FitContext(Protocol):
         """Whether this run has just been told that it will lose a machine; every rank gets the
         same answer."""
 
+    def check_alone(self) -> None:
+        """Raise PermissionError if another command writes this run by now."""
+
 
 @dataclass
 class LocalContext:
@@ -80,6 +83,9 @@ class LocalContext:
     def preempted(self) -> bool:
         """A local process is not warned."""
         return False
+
+    def check_alone(self) -> None:
+        """Who calls fit by hand sees to that."""
 
 
 class FitResult(NamedTuple):
@@ -229,6 +235,7 @@ def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResu
         rank=context.rank,
         world_size=context.world_size,
         keep=partial(kept_steps, config),
+        check=context.check_alone,
     )
     if start:
         saver.prepare(state)

@@ -50,12 +50,10 @@ class Lease:
 
     def look(self) -> None:
         """Look whether another writer took over."""
-        newest = _newest(self.folder)
-        if newest is None or newest[0] > self.number:
-            who = describe(newest[1]) if newest else "somebody who finished or emptied it"
-            self._problem = (
-                f"{self.folder}: this process fell silent for too long, and was replaced by {who}"
-            )
+        try:
+            check_newest(self.folder, self.number)
+        except PermissionError as error:
+            self._problem = str(error)
 
     def beat(self) -> None:
         """Give a sign of life."""
@@ -132,6 +130,20 @@ def told_first(folder: str) -> Iterator[None]:
     except ValueError:
         _refuse_second(folder)
         raise
+
+
+def check_newest(folder: str, number: int) -> None:
+    """Look, from any process, whether a writer's right still holds.
+
+    Raises:
+        PermissionError: another writer took over.
+    """
+    newest = _newest(folder)
+    if newest is None or newest[0] > number:
+        who = describe(newest[1]) if newest else "somebody who finished or emptied it"
+        raise PermissionError(
+            f"{folder}: this process fell silent for too long, and was replaced by {who}"
+        )
 
 
 def _refuse_second(folder: str) -> tuple[int, dict[str, Any]] | None:

@@ -38,7 +38,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from jitmodel.parallel import tune_cpu
-from pipelines import checkpoints, runtime, storage, trackers, validation
+from pipelines import checkpoints, lease, runtime, storage, trackers, validation
 from pipelines.checkpoints import LATEST, META, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
 from pipelines.fit import check_fits, early_stop, fit, resume_point, run_uri
@@ -48,6 +48,8 @@ from pipelines.shards import Manifest, check_there, read_manifest
 logger = logging.getLogger(__name__)
 
 
+WRITER = "writer"
+"""Where a run folder names the command that trains it."""
 WATCH_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 ASK_EVERY_S = 5.0
 ELASTIC_START_S = 30.0
@@ -59,10 +61,11 @@ class RayContext:
 
     Args:
         judged: whether checkpoints are validated.
+        writer: folder and number of the lease under which the run is written.
     """
 
-    def __init__(self, *, judged: bool = False) -> None:
-        self.judged = judged
+    def __init__(self, *, judged: bool = False, writer: tuple[str, int] | None = None) -> None:
+        self.judged, self.writer = judged, writer
         self._steps, self._asked, self._ask_at = 0, time.monotonic(), 1
         self._leaving: set[str] = set()
         context = ray.train.get_context()
@@ -102,6 +105,15 @@ class RayContext:
         info = ray.train.get_preemption_info()
         known, self._leaving = self._leaving, set(info.preempted_node_to_ranks) if info else set()
         return not self._leaving <= known
+
+    def check_alone(self) -> None:
+        """Workers outlive a command that was killed by some seconds; the next may be at work.
+
+        Raises:
+            PermissionError: another command took over the run.
+        """
+        if self.writer:
+            lease.check_newest(*self.writer)
 
 
 class WholeLanes(ElasticScalingPolicy):
@@ -174,12 +186,17 @@ class Trainer(ray.train.torch.TorchTrainer):
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
-def worker(options: dict[str, Any]) -> dict[str, Any]:
-    """What each process runs; the answer of rank 0 is the answer of the run."""
+def worker(options: dict[str, Any], writer: tuple[str, int] | None = None) -> dict[str, Any]:
+    """What each process runs; the answer of rank 0 is the answer of the run.
+
+    Args:
+        options: those of TrainConfig.
+        writer: see RayContext.
+    """
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train's own reports are not news
     logging.getLogger("pipelines").setLevel(logging.INFO)
     config = TrainConfig.model_validate(options)
-    context = RayContext(judged=bool(config.validation.reference))
+    context = RayContext(judged=bool(config.validation.reference), writer=writer)
     if context.device.type == "cpu":
         cpus = len(os.sched_getaffinity(0))
         tune_cpu(max(1, cpus // ray.train.get_context().get_local_world_size()))
@@ -219,7 +236,7 @@ def run(config: TrainConfig) -> None:
         FileNotFoundError: there is no dataset, or no run to go on with.
         ValueError: options that do not fit the dataset, the run so far, or the cluster; a tracker
             that is not installed; a dataset that lacks shards.
-        PermissionError: the storage cannot be written.
+        PermissionError: the storage cannot be written, or another command trains this run.
         StageFailed: training diverged, a checkpoint could not be stored, or workers failed more
             often than max_failures.
     """
@@ -269,9 +286,12 @@ def run(config: TrainConfig) -> None:
     runtime.connect()
     use_gpu = place(config)
     if config.fresh and storage.exists(folder):
-        logger.info("--fresh: the old run is now at %s", move_aside(folder))
-    logger.info(plan(config, manifest, start))
-    answer = launch(config, use_gpu=use_gpu)
+        with lease.claim(storage.join(folder, WRITER)):
+            logger.info("--fresh: the old run is now at %s", move_aside(folder))
+    with lease.claim(storage.join(folder, WRITER)) as held:
+        logger.info(plan(config, manifest, start))
+        writer = held.folder, held.number
+        answer = launch(config, use_gpu=use_gpu, worker=lambda options: worker(options, writer))
     if "stopped" in answer:
         raise StageFailed(answer["stopped"])
     if answer["early"]:

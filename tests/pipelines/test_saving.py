@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import checkpoints, storage
+from pipelines import checkpoints, lease, storage
 from pipelines.checkpoints import SaveFailed
 from pipelines.fit import LocalContext, fit, kept_steps
 from tests.pipelines.runs import config_for, lines, run_on_ranks, start_ranks, stopped, tensors
@@ -31,7 +31,7 @@ def newest(run: Path | str) -> int:
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from pipelines import checkpoints, storage
+from pipelines import checkpoints, lease, storage
 from pipelines.config import TrainConfig
 from pipelines.fit import LocalContext, fit
 import torch
@@ -280,6 +280,40 @@ if rank == 1:
     assert "the checkpoint at image 32 could not be stored" in sentence
     assert "is the disk full that holds" in sentence
     assert checkpoints.newest(str(tmp_path / "run")) is None
+
+
+class Replaced(LocalContext):
+    """A worker that outlived its command, where the next command is at work from step 3 on."""
+
+    def __init__(self, folder: Path, theirs: Path) -> None:
+        super().__init__()
+        self.folder, self.theirs, self.steps = str(folder), theirs, 0
+
+    def preempted(self) -> bool:
+        self.steps += 1
+        if self.steps == 3:
+            with lease.claim(self.folder):
+                self.theirs.parent.mkdir(parents=True)
+                self.theirs.write_text("stored by the next command")
+        return False
+
+    def check_alone(self) -> None:
+        lease.check_newest(self.folder, 1)
+
+
+def test_a_worker_that_outlived_its_command_touches_no_checkpoint_of_the_next(
+    tiny_dataset, tmp_path
+):
+    config = config_for(tiny_dataset, tmp_path)
+    theirs = tmp_path / "run" / "checkpoints" / "step_00000004" / "__0_0.distcp"
+    with lease.claim(str(tmp_path / "writer")):
+        pass
+
+    with pytest.raises(SaveFailed, match="image 64 could not be .* replaced by `.*process"):
+        fit(config, Replaced(tmp_path / "writer", theirs))
+
+    assert theirs.read_text() == "stored by the next command"
+    assert newest(tmp_path / "run") == 32
 
 
 class Outage(LocalContext):

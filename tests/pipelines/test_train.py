@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig
-from pipelines import checkpoints, fit, storage, train
+from pipelines import checkpoints, fit, lease, storage, train
 from pipelines.config import TrainConfig, load_preset
 
 
@@ -147,6 +147,20 @@ def test_a_fresh_start_keeps_the_old_run_under_another_name(ray_cluster, tiny_da
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_that_another_command_trains_is_left_alone(
+    ray_cluster, tiny_dataset, tmp_path, fresh: bool
+):
+    config = config_for(tiny_dataset, tmp_path, "run", workers=1, fresh=fresh)
+
+    with lease.claim(str(tmp_path / "run" / train.WRITER)):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(PermissionError, match=f"is being written by .*process {os.getpid()} "):
+            train.run(config)
+
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(
     ray_cluster, tiny_dataset, tmp_path
 ):
