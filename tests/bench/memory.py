@@ -132,7 +132,8 @@ def rank(plan: dict) -> None:
             run="run", images_seen=3, identity={}, config={}, data="", classes=(),
             world_size=world, files={}, versions={},
         )  # fmt: skip
-        saver = Saver(plan["folder"], rank=int(os.environ["RANK"]), world_size=world, keep=set, check=lambda: None)
+        rank = int(os.environ["RANK"])
+        saver = Saver(plan["folder"], rank=rank, world_size=world, keep=set, check=lambda: None)
         saver.prepare(state)
         saver.start(3, state, meta)
         step(state, plan["micro_batch"])

@@ -309,7 +309,7 @@ def test_a_worker_that_outlived_its_command_touches_no_checkpoint_of_the_next(
     with lease.claim(str(tmp_path / "writer")):
         pass
 
-    with pytest.raises(SaveFailed, match="image 64 could not be .* replaced by `.*process"):
+    with pytest.raises(SaveFailed, match=r"image 64 could not be .* replaced by `.*process"):
         fit(config, Replaced(tmp_path / "writer", theirs))
 
     assert theirs.read_text() == "stored by the next command"
