@@ -554,8 +554,12 @@ class Saver:
             return ""
         self._thread.join()
         self._thread = None
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # which holds this frame: no circle may keep the process group until the end
         return self._uri
 
     def leave(self) -> None:
