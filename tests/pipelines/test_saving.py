@@ -283,7 +283,7 @@ if rank == 1:
 
 
 class Replaced(LocalContext):
-    """A worker that outlived its command, where the next command is at work from step 3 on."""
+    """A worker that outlived its command; after its first save the next command is at work."""
 
     def __init__(self, folder: Path, theirs: Path) -> None:
         super().__init__()
@@ -292,6 +292,8 @@ class Replaced(LocalContext):
     def preempted(self) -> bool:
         self.steps += 1
         if self.steps == 3:
+            while checkpoints.newest(str(self.theirs.parents[2])) is None:
+                time.sleep(0.05)
             with lease.claim(self.folder):
                 self.theirs.parent.mkdir(parents=True)
                 self.theirs.write_text("stored by the next command")
