@@ -278,8 +278,9 @@ def neighbourhoods(
         )
     # Distances stay, but rounding errors of |x|^2 + |y|^2 - 2 x.y shrink.
     centre = real.mean(0, dtype=np.float64).astype(np.float32)
-    radius_generated = _radii(generated, ks, centre)
-    radius_real = _radii(real, ks, centre)
+    slack = _slack(centre, generated, real)
+    around_generated = _Balls(generated, ks, centre, slack)
+    around_real = _Balls(real, ks, centre, slack)
 
     N, M = len(generated), len(real)
     balls = dict.fromkeys(ks, 0)
@@ -290,11 +291,12 @@ def neighbourhoods(
         for columns in _slices(M, BLOCK):
             squared = _distances(generated[rows], real[columns], centre)
             for k in ks:
-                hits = squared <= radius_real[k][columns]
+                hits = around_real.hold(k, columns, squared.T, generated[rows])
                 balls[k] += int(np.count_nonzero(hits))
-                inside[k][rows] |= hits.any(1)
-                covered[k][columns] |= hits.any(0)
-                recalled[k][columns] |= (squared <= radius_generated[k][rows, None]).any(0)
+                inside[k][rows] |= hits.any(0)
+                covered[k][columns] |= hits.any(1)
+                hits = around_generated.hold(k, rows, squared, real[columns])
+                recalled[k][columns] |= hits.any(0)
     return {
         k: {
             "precision": float(inside[k].mean()),
@@ -304,6 +306,87 @@ def neighbourhoods(
         }
         for k in ks
     }
+
+
+class _Balls:
+    """Around each row a ball that reaches to its k-th nearest other row.
+
+    What lies on the edge of a ball is inside, and much does where images repeat or features are
+    whole numbers. So where rounding could decide, the distances are computed again, in float64.
+
+    Args:
+        features: [N, D].
+        ks: sizes of the neighbourhood.
+        centre: see _distances, [D].
+        slack: by how much squared distances may be wrong.
+    """
+
+    def __init__(self, features: Array, ks: tuple[int, ...], centre: Array, slack: float) -> None:
+        self.features, self.centre, self.slack = features, centre, np.float32(slack)
+        self.radius = _radii(features, ks, centre)
+        self.exact = {k: np.full(len(features), np.nan) for k in ks}
+
+    def hold(self, k: int, balls: slice, squared: Array, points: Array) -> Array:
+        """Which balls hold which points, bool [balls, P].
+
+        Args:
+            k: size of the neighbourhood.
+            balls: rows of the features.
+            squared: distances, [balls, P].
+            points: features [P, D].
+        """
+        radius = self.radius[k][balls, None]
+        held: Array = squared <= radius - 2 * self.slack
+        perhaps = squared <= radius + 2 * self.slack
+        if np.count_nonzero(held) != np.count_nonzero(perhaps):
+            ball, point = np.nonzero(perhaps & ~held)
+            self._learn(k, np.unique(ball) + balls.start)
+            near = _pairs(self.features[balls], ball, points, point)
+            held[ball, point] = near <= self.exact[k][balls][ball]
+        return held
+
+    def _learn(self, k: int, rows: npt.NDArray[np.int64]) -> None:
+        """Find the exact radii of rows that lack them."""
+        lacking = rows[np.isnan(self.exact[k][rows])]
+        for part in _slices(len(lacking), BLOCK):
+            some = lacking[part]
+            candidates = []
+            for columns in _slices(len(self.features), BLOCK):
+                squared = _distances(self.features[some], self.features[columns], self.centre)
+                i, j = np.nonzero(squared <= self.radius[k][some, None] + 2 * self.slack)
+                others = some[i] != j + columns.start
+                i, j = i[others], j[others]
+                near = _pairs(self.features[some], i, self.features[columns], j)
+                candidates.append((i, near))
+            row, near = (np.concatenate(column) for column in zip(*candidates, strict=True))
+            order = np.lexsort((near, row))
+            first = np.searchsorted(row[order], np.arange(len(some)))
+            self.exact[k][some] = near[order][first + k - 1]
+
+
+def _slack(centre: Array, *sides: Array) -> float:
+    """By how much _distances may be wrong between rows of these features.
+
+    Rounding errors of a sum of D products grow with the root of D; 8 times that is never met.
+    """
+    largest = max(
+        float(np.square(side[rows] - centre, dtype=np.float64).sum(1).max())
+        for side in sides
+        for rows in _slices(len(side), BLOCK)
+    )
+    relative = 8 * (len(centre) ** 0.5 + 1) * float(np.finfo(np.float32).eps) / 2
+    return relative * 4 * largest  # (|x| + |y|)^2
+
+
+def _pairs(
+    x: Array, i: npt.NDArray[np.int64], y: Array, j: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Squared distances of x[i] to y[j], by their differences in float64, [len(i)]."""
+    squared = np.empty(len(i))
+    for part in _slices(len(i), BLOCK):
+        difference = x[i[part]].astype(np.float64) - y[j[part]]
+        squared[part] = np.einsum("nd,nd->n", difference, difference)
+    return squared
 
 
 def _radii(features: Array, ks: tuple[int, ...], centre: Array) -> dict[int, Array]:

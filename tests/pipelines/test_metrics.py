@@ -7,12 +7,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
+from torch_fidelity.metric_prc import calculate_precision_recall_full, prc_features_to_metric
 
 from pipelines import metrics
 from pipelines.metrics import (
@@ -194,14 +194,21 @@ def test_the_kernel_distance_is_its_sum_over_pairs(rows: list[list[float]]):
     assert std == pytest.approx(0, abs=1e-9)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(4, 12), st.integers(4, 12), st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
-def test_neighbourhoods_are_what_counting_every_pair_gives(seed: int, n: int, m: int, k: int):
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(4, 12),
+    m=st.integers(4, 12),
+    k=st.integers(1, 3),
+    values=st.integers(2, 50),
+)
+@settings(max_examples=100, deadline=None)
+@example(seed=0, n=4, m=5, k=1, values=2)  # most images come twice
+def test_neighbourhoods_are_what_counting_every_pair_gives(
+    seed: int, n: int, m: int, k: int, values: int
+):
+    """Of whole numbers, so that many distances are equal."""
     rng = np.random.default_rng(seed)
-    drawn, real = (
-        rng.integers(0, 50, (n, 3)).astype(float),
-        rng.integers(0, 50, (m, 3)).astype(float),
-    )
+    drawn, real = (rng.integers(0, values, (rows, 3)).astype(np.float32) for rows in (n, m))
 
     def radius(points: np.ndarray, i: int) -> float:
         return sorted(np.sum((points[i] - p) ** 2) for j, p in enumerate(points) if j != i)[k - 1]
@@ -213,12 +220,35 @@ def test_neighbourhoods_are_what_counting_every_pair_gives(seed: int, n: int, m:
         [np.sum((g - r) ** 2) <= radius(drawn, i) for i, g in enumerate(drawn)] for r in real
     ]
 
-    # Whole numbers whose mean is one too, so that rounding cannot decide on a boundary.
-    found = neighbourhoods(drawn * n * m, real * n * m, (k,))[k]
+    found = neighbourhoods(drawn, real, (k,))[k]
     assert found["precision"] == pytest.approx(np.mean([any(row) for row in inside_real]))
     assert found["recall"] == pytest.approx(np.mean([any(row) for row in inside_drawn]))
     assert found["density"] == pytest.approx(np.sum(inside_real) / (k * n))
     assert found["coverage"] == pytest.approx(np.mean(np.any(inside_real, axis=0)))
+
+
+@pytest.mark.parametrize("width", [2, 8, 64])
+def test_neighbourhoods_with_many_equal_distances_agree_with_torch_fidelity(width: int):
+    rng = np.random.default_rng(width)
+    drawn, real = (rng.integers(0, 20, (rows, width)).astype(np.float32) for rows in (700, 600))
+
+    found = neighbourhoods(drawn, real, (3,))[3]
+
+    precision, recall = calculate_precision_recall_full(
+        torch.from_numpy(drawn), torch.from_numpy(real), neighborhood=3
+    )
+    assert found["precision"] == pytest.approx(precision, abs=1e-3)
+    assert found["recall"] == pytest.approx(recall, abs=1e-3)
+
+
+def test_images_that_repeat_are_all_recalled_by_themselves():
+    images = np.random.default_rng(0).normal(size=(60, 2048)).astype(np.float32).repeat(6, axis=0)
+
+    found = neighbourhoods(images, images.copy(), (3, 7))
+
+    for k in (3, 7):
+        assert found[k]["precision"] == found[k]["recall"] == found[k]["coverage"] == 1.0
+    assert found[3]["density"] == 2.0  # each ball has no size, and holds six
 
 
 def test_distances_are_never_in_memory_as_a_whole():
