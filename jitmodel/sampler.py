@@ -46,8 +46,12 @@ def start_noise(flow: FlowConfig, model: ModelConfig, seed: int | Tensor, index:
 
 
 def times(steps: int) -> Tensor:
-    """The steps + 1 times from 0 to 1, float32, on the CPU."""
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float32)
+    """The steps + 1 times from 0 to 1, float32, on the CPU.
+
+    Each is i / steps, rounded once, so that 3/30 is as large as an interval's end of 0.1. To
+    torch.linspace, which rounds twice, it is larger.
+    """
+    return (torch.arange(steps + 1, dtype=torch.float64) / steps).float()
 
 
 def guidance_acts(t: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
-from jitmodel.sampler import guided_velocity, sample, start_noise
+from jitmodel.sampler import guidance_acts, guided_velocity, sample, start_noise, times
 
 SMALL = ModelConfig(
     image_size=16, patch_size=4, hidden_size=32, depth=4, num_heads=2, bottleneck_dim=8,
@@ -87,6 +87,20 @@ def test_fifty_heun_steps_cost_99_calls_and_skip_the_pass_that_changes_nothing()
     model.calls = model.images = 0
     sample(model, y, e, SamplerConfig(steps=50, solver="euler", cfg_scale=1.0))
     assert (model.calls, model.images) == (50, 50)
+
+
+def test_a_time_on_the_edge_of_an_interval_is_outside_whatever_the_number_of_steps():
+    one = torch.ones(1)
+    for steps in range(20, 1001, 20):
+        t = times(steps)
+        for twentieth in range(1, 20):  # 1/20, 2/20, ... are times of each of these
+            edge = torch.tensor([twentieth / 20])
+            acts = [guidance_acts(t, 2 * one, edge, one), guidance_acts(t, 2 * one, 0 * one, edge)]
+            at = twentieth * steps // 20
+            assert [a[at - 1 : at + 2].tolist() for a in acts] == [
+                [False, False, at + 1 < steps], [True, False, False],
+            ], (steps, twentieth)  # fmt: skip
+    assert not guidance_acts(times(30)[3], 2 * one, torch.tensor([0.1]), one).any()
 
 
 @pytest.mark.parametrize("prediction", ["x", "e", "v"])
