@@ -135,8 +135,10 @@ class SampleWorker:
             self.loaded = wanted
 
     def run(self, item: tuple[Job, int]) -> int:
-        """Draw a chunk of a job; the number of its images."""
+        """Draw a chunk of a job, unless it is stored; the number of its images."""
         job, chunk = item
+        if is_stored(job, chunk):  # by a worker that died before it could say so
+            return len(job.plan.rows(chunk))
         self.hold(job)
         start = time.monotonic()
         part, images = draw(self.model, self.extractor, job.plan, chunk, self.device)
@@ -311,6 +313,13 @@ def missing_chunks(job: Job) -> list[int]:
         if read_part(part_uri(job.output, chunk), job.plan, chunk) is None
         or not there.issuperset(image_files(job, chunk))
     ]
+
+
+def is_stored(job: Job, chunk: int) -> bool:
+    """Whether a chunk's part, and its images if they are to be kept, are there."""
+    return read_part(part_uri(job.output, chunk), job.plan, chunk) is not None and all(
+        storage.exists(storage.join(job.output, IMAGES, name)) for name in image_files(job, chunk)
+    )
 
 
 def image_files(job: Job, chunk: int) -> list[str]:

@@ -21,12 +21,14 @@ from jitmodel.artifact import (
     build_model,
     check_artifact,
     load_artifact,
+    read_info,
     sha256_file,
 )
 from jitmodel.model import JiT
 from pipelines import checkpoints, storage
 from pipelines.export import artifact_info, check_ema, read_weights
 
+AGAIN_ELSEWHERE = "Run the evaluation again, into another --output."
 DEFAULT_EMA = 0.9999
 """The one that the paper evaluates."""
 
@@ -134,17 +136,26 @@ def load_model(source: Source, device: str | torch.device = "cpu") -> JiT:
         ValueError: the weights are not those that the source was made from.
     """
     if source.is_artifact:
-        return load_artifact(storage.fetch(source.uri), device)
+        folder = storage.fetch(source.uri)
+        model = load_artifact(folder, device)
+        info = read_info(folder)
+        _check_same(source, info.weights_sha256 or sha256_file(folder / WEIGHTS))
+        if info.flow != source.info.flow:
+            raise ValueError(f"{CONFIG} of {source.uri} has changed: {AGAIN_ELSEWHERE}")
+        return model
     found = checkpoints.find(source.uri)
     weights = read_weights(found, source.info.ema_decay)
-    digest = weights_sha256(weights)
+    _check_same(source, weights_sha256(weights))
+    on_device = {name: tensor.to(device) for name, tensor in weights.items()}
+    return build_model(source.info, on_device, device)
+
+
+def _check_same(source: Source, digest: str) -> None:
     if digest != source.info.weights_sha256:
         raise ValueError(
             f"{source.uri} has changed: its weights had sha256 {source.info.weights_sha256}, now "
-            f"it is {digest}. Run the evaluation again, into another --output."
+            f"it is {digest}. {AGAIN_ELSEWHERE}"
         )
-    on_device = {name: tensor.to(device) for name, tensor in weights.items()}
-    return build_model(source.info, on_device, device)
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:

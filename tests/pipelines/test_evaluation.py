@@ -90,6 +90,22 @@ def test_chunks_are_the_same_bytes_in_whatever_order_they_are_drawn(
     assert len({read_drawn(job).pixels_sha256 for job in jobs}) == 1
 
 
+def test_a_chunk_whose_worker_died_after_it_was_stored_is_not_computed_again(
+    artifact: Path, worker: SampleWorker, tmp_path: Path
+):
+    job = make_job(artifact, tmp_path, keep_images="png")
+    part, image = Path(part_uri(job.output, 3)), tmp_path / "images" / "000013.png"
+    carry_out(job, worker, [3])
+    written, content = part.stat().st_mtime_ns, image.read_bytes()
+
+    assert worker.run((job, 3)) == 4
+    assert part.stat().st_mtime_ns == written
+
+    image.unlink()
+    assert worker.run((job, 3)) == 4
+    assert image.read_bytes() == content
+
+
 def test_a_part_tells_the_digest_of_its_pixels_and_all_parts_together_that_of_the_whole(
     artifact: Path, worker: SampleWorker, tmp_path: Path
 ):

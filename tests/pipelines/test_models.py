@@ -85,3 +85,20 @@ def test_weights_that_change_after_the_plan_was_made_are_not_drawn_from(run_fold
 
     with pytest.raises(ValueError, match=r"has changed: its weights had sha256"):
         load_model(changed)
+
+
+def test_an_artifact_that_is_replaced_after_the_plan_was_made_is_not_drawn_from(
+    run_folder: str, tmp_path: Path
+):
+    output = tmp_path / "artifact"
+    export.run(ExportConfig(source=run_folder, output=str(output), ema=0.5))
+    found = find_model(str(output))
+
+    config = output / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"noise_scale": 1.0', '"noise_scale": 2.0'))
+    with pytest.raises(ValueError, match=r"config\.json of .* has changed: Run the evaluation"):
+        load_model(found)
+    export.run(ExportConfig(source=run_folder, output=str(output), ema=0.9999, overwrite=True))
+    with pytest.raises(ValueError, match=r"has changed: its weights had sha256"):
+        load_model(found)
