@@ -8,10 +8,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Space = Literal["x", "e", "v"]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"the interval {low:g} {high:g} is not 0 <= low < high <= 1")
+    return interval
+
+
+Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
+"""Ends of an interval of time."""
 
 
 class Config(BaseModel):
@@ -171,15 +190,8 @@ class SamplerConfig(Config):
     """Heun's last step is an Euler step."""
     cfg_scale: float = Field(2.9, ge=0)
     """Guidance weight; 1 is no guidance."""
-    cfg_interval: tuple[float, float] = (0.1, 1.0)
+    cfg_interval: Interval = (0.1, 1.0)
     """Open interval of time in which guidance applies; a minimum of 0 includes t = 0."""
-
-    @model_validator(mode="after")
-    def _interval_is_ordered(self) -> Self:
-        low, high = self.cfg_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"cfg_interval {low, high} is not 0 <= low < high <= 1")
-        return self
 
 
 class OptimizerConfig(Config):

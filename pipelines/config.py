@@ -29,6 +29,7 @@ from pydantic import (
 from jitmodel.config import (
     Config,
     FlowConfig,
+    Interval,
     ModelConfig,
     OptimizerConfig,
     Probability,
@@ -417,7 +418,7 @@ class SamplerChoice(Config):
     """Solver of the differential equation."""
     cfg_scale: float | None = Field(None, ge=0)
     """Guidance weight; 1 is no guidance."""
-    cfg_interval: tuple[float, float] | None = None
+    cfg_interval: Interval | None = None
     """Open interval of time in which guidance applies."""
 
     def over(self, recommended: SamplerConfig) -> SamplerConfig:
@@ -452,7 +453,7 @@ class EvaluateConfig(StageConfig):
     """torch.compile each block; each worker's first chunk then takes a minute longer."""
     resize: bool = False
     """Resize the drawn images to the reference's size before they are judged (Pillow, bicubic)."""
-    resize_to: PositiveInt | None = None
+    resize_to: Side | None = None
     """Resize them to this size, for a reference that does not tell its own."""
     extractor: Extractor = "efflite0"
     """Feature extractor; must be the reference's."""
@@ -475,7 +476,7 @@ class GridConfig(Config):
     """Decays of EMAs; by default all that the run keeps, or those of the artifacts."""
     cfg_scale: tuple[NonNegativeFloat, ...] = ()
     """Guidance scales; by default the paper's 1.0 to 4.0 by 0.1."""
-    cfg_interval: tuple[tuple[float, float], ...] = ()
+    cfg_interval: tuple[Interval, ...] = ()
     """Guidance intervals; by default 0 1, which is all the time, and the paper's 0.1 1."""
     steps: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = ()
     """Numbers of steps; by default the one that the model recommends."""

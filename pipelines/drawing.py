@@ -30,7 +30,7 @@ from jitmodel.model import JiT
 from jitmodel.pixels import to_pixels
 from jitmodel.sampler import guidance_acts, sample, start_noise, times
 from pipelines import storage
-from pipelines.features import Extractor
+from pipelines.features import Extractor, check_finite
 from pipelines.images import encode, resize
 from pipelines.metrics import Array
 
@@ -210,6 +210,7 @@ def draw(
 
     Raises:
         NotFinite: an image is not finite.
+        ValueError: its features are not.
     """
     found, pixels = [], []
     rows = plan.rows(chunk)
@@ -218,14 +219,16 @@ def draw(
         drawn = draw_batch(model, plan, index)
         if plan.resize:
             drawn = resized(drawn, plan.resize)
-        found.append([values.cpu().numpy() for values in extractor(drawn)])
+        features = extractor(drawn)
+        check_finite(features, index.tolist())
+        found.append([values.cpu().numpy() for values in features])
         pixels.append(drawn.cpu().numpy())
     images = np.concatenate(pixels)
-    features, logits, spatial = (np.concatenate(values) for values in zip(*found, strict=True))
+    pooled, logits, spatial = (np.concatenate(values) for values in zip(*found, strict=True))
     part = Part(
         label=np.array([plan.label(i) for i in rows]),
         sha256=[hashlib.sha256(image.tobytes()).digest() for image in images],
-        features=features,
+        features=pooled,
         logits=logits,
         spatial=spatial,
         shown={

@@ -519,6 +519,7 @@ def identity(job: Job, drawn: Drawn, reference: Reference) -> dict[str, Any]:
         "ema_decay": info.ema_decay,
         "images_seen": info.images_seen,
         "run": info.run,
+        "model": job.source.uri,
         "reference": about,
         "devices": drawn.devices,
         "timed_images": drawn.timed_images,
@@ -526,6 +527,14 @@ def identity(job: Job, drawn: Drawn, reference: Reference) -> dict[str, Any]:
         "code": plan.code,
         "versions": tool_versions(),
     }
+
+
+def pinned(config: EvaluateConfig, job: Job) -> EvaluateConfig:
+    """The config that draws from the same weights again, though the run may go on."""
+    chosen: dict[str, Any] = {"model": job.source.uri}
+    if not job.source.is_artifact:
+        chosen["ema"] = job.source.info.ema_decay
+    return config.model_copy(update=chosen)
 
 
 def shown_rows(drawn: Drawn, job: Job) -> list[tuple[str, list[bytes]]]:
@@ -558,7 +567,7 @@ def write_evaluation(
         "metrics": judged,
         "warnings": warned,
         "identity": identity(job, drawn, reference),
-        "config": config.model_dump(mode="json"),
+        "config": pinned(config, job).model_dump(mode="json"),
     }
     for warning in warned:
         logger.warning("%s", warning)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,24 @@ class Features(NamedTuple):
     """[B, K]; K is 0 where the extractor knows no classes."""
     spatial: Tensor
     """[B, S]; S is 0 where there is no such layer."""
+
+
+def check_finite(features: Features, images: Sequence[int]) -> None:
+    """Refuse features that are no numbers.
+
+    Args:
+        features: of a batch.
+        images: what to call each image of it, [B].
+
+    Raises:
+        ValueError: names the first image that has one.
+    """
+    whole = torch.stack([values.isfinite().all(1) for values in features]).all(0)
+    if not whole.all():
+        raise ValueError(
+            f"the features of image {images[int(whole.int().argmin())]} are not finite: the "
+            "extractor's weights are damaged. Name another file with --weights"
+        )
 
 
 class Extractor:

@@ -176,13 +176,28 @@ def refine(num: int, known: Mapping[int, float]) -> list[int]:
     return sorted({(best + end) // 2 for end in ends} - known.keys())
 
 
-def most_cells(lines: Sequence[Line], search: Search) -> int:
-    """Cells that the search computes at most, wherever the minimum of each line is."""
-    cells = all_cells(lines)
+def most_cells(
+    lines: Sequence[Line], search: Search, values: Mapping[Cell, float] | None = None
+) -> int:
+    """Cells that the search still computes at most, wherever the minimum of each line is.
+
+    Args:
+        lines: the grid.
+        search: whether to compute all cells.
+        values: what is minimised, of the cells that have been computed; none by default.
+    """
+    values = values or {}
+    missing = set(all_cells(lines)) - values.keys()
     if search == "exhaustive":
-        return len(cells)
-    first = {line.cells[i] for line in lines for i in coarse(len(line.cells))}
-    return min(len(cells), len(first) + sum(_most_refined(len(line.cells)) for line in lines))
+        return len(missing)
+    first, refined = set[Cell](), 0
+    for line in lines:
+        num = len(line.cells)
+        known = {i: values[cell] for i, cell in enumerate(line.cells) if cell in values}
+        if refine(num, known):
+            first |= {line.cells[i] for i in coarse(num) if i not in known}
+            refined += _most_refined(num)
+    return min(len(missing), len(first) + refined)
 
 
 def _most_refined(num: int) -> int:

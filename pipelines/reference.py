@@ -40,7 +40,7 @@ from torch import Tensor
 
 from jitmodel.config import ClassInfo, Config
 from pipelines import storage
-from pipelines.features import Extractor, Identity, load_plain
+from pipelines.features import Extractor, Identity, check_finite, load_plain
 from pipelines.images import decode_pixels
 from pipelines.metrics import Array, Moments, Real, Statistics
 from pipelines.shards import Manifest, ShardInfo, read_manifest
@@ -293,10 +293,16 @@ def extract(
     device: torch.device,
     keep_features: int = KEEP_FEATURES,
 ) -> Piece:
-    """Features of a piece of the images, reduced to what a reference holds."""
-    found = []
+    """Features of a piece of the images, reduced to what a reference holds.
+
+    Raises:
+        ValueError: the features of an image are not finite.
+    """
+    found, seen = [], piece.start
     for pixels in images.batches(piece):
         features = extractor(pixels.to(device))
+        check_finite(features, range(seen, seen + len(pixels)))
+        seen += len(pixels)
         found.append((features.pooled.cpu().numpy(), features.spatial.cpu().numpy()))
     pooled, spatial = (np.concatenate(values) for values in zip(*found, strict=True))
     assert len(pooled) == len(piece), (len(pooled), piece)

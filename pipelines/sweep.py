@@ -69,6 +69,11 @@ from pipelines.versions import tool_versions
 logger = logging.getLogger(__name__)
 
 RESULT, REPORT = "cell.json", "report.json"
+RESULT_FIELDS = frozenset(
+    ["metrics", "network_evaluations", "devices", "warnings", "timed_images", "worker_seconds"]
+)
+REPORT_FIELDS = frozenset(["metrics", "warnings", "identity", "config"])
+IDENTITY_FIELDS = frozenset(["plan_sha256", "devices", "timed_images", "worker_hours"])
 SCALES = tuple(round(1 + 0.1 * i, 1) for i in range(31))
 INTERVALS = ((0.0, 1.0), (0.1, 1.0))
 PROBE_IMAGES = 8
@@ -332,9 +337,10 @@ def time_lines(sweep: Sweep) -> list[str]:
         job = sweep._replace(drawn_by={}).cell_job(cells[0])._replace(mix_devices=True)
         (_, speed), *_ = pool.map([(job, None)])
     each = sorted(sweep.cell_job(cell).plan.network_evaluations() for cell in cells)
-    most = most_cells(sweep.lines, config.search)
-    there = [cell for cell in cells if stored_result(sweep, sweep.cell_job(cell))]
-    left = max(0, most - len(there))
+    found = {cell: stored_result(sweep, sweep.cell_job(cell)) for cell in cells}
+    name = sweep.extractor.distance
+    there = {cell: value(result, name) for cell, result in found.items() if result}
+    left = most_cells(sweep.lines, config.search, there)
     images = left * config.cell_images + config.num_images
     evaluations = sum(each[-left:] if left else []) * config.cell_images
     evaluations += each[-1] * config.num_images
@@ -521,13 +527,18 @@ def compute(sweep: Sweep, cells: list[Cell], crew: Crew) -> dict[Cell, dict[str,
 
 
 def stored_result(sweep: Sweep, job: Job) -> dict[str, Any] | None:
-    """The result of a cell, if it is there and about this plan and reference."""
+    """The result of a cell, if it is whole, and about this plan and reference."""
+    found = _whole(storage.join(job.output, RESULT), RESULT_FIELDS)
+    return found if found and _wanted(sweep, job).items() <= found.items() else None
+
+
+def _whole(uri: str, fields: frozenset[str]) -> dict[str, Any] | None:
+    """A JSON file with these fields; torn or damaged is as good as missing."""
     try:
-        found = storage.read_json(storage.join(job.output, RESULT))
-    except (FileNotFoundError, ValueError):  # torn or damaged is as good as missing
+        found = storage.read_json(uri)
+    except (FileNotFoundError, ValueError):
         return None
-    wanted = _wanted(sweep, job)
-    return found if isinstance(found, dict) and wanted.items() <= found.items() else None
+    return found if isinstance(found, dict) and fields <= found.keys() else None
 
 
 def _wanted(sweep: Sweep, job: Job) -> dict[str, str]:
@@ -600,11 +611,10 @@ def evaluate_winner(sweep: Sweep, cell: Cell, crew: Crew) -> dict[str, Any]:
         ValueError: an image is not finite, though none of the cell's was.
     """
     job, config = sweep.winner_job(cell)
-    there = storage.join(job.output, REPORT)
-    if storage.exists(there):
-        found: dict[str, Any] = storage.read_json(there)
+    found = _whole(storage.join(job.output, REPORT), REPORT_FIELDS)
+    if found and dict(found["identity"]).keys() >= IDENTITY_FIELDS:
         is_same = _wanted(sweep, job).items() <= found["identity"].items()
-        is_kept = found["config"]["keep_images"] == config.keep_images
+        is_kept = dict(found["config"]).get("keep_images") == config.keep_images
         if is_same and is_kept and not missing_chunks(job):
             return found
     for _, failure in crew.draw(sweep, [job]):

@@ -76,6 +76,9 @@ def test_the_first_word_of_a_stage_with_a_uri_is_the_uri_and_the_next_a_preset()
         (["train", "demo", "--workers", "3"], "loader.lanes 16 cannot be dealt evenly to 3 work"),
         (["evaluate", "--num-images", "-5", "--batch", "0"],
          "--num-images -5: Input should be greater than 0; --batch 0: Input should be"),
+        (["evaluate", "--sampler.cfg-interval", "0.5", "0.2"],
+         "--sampler.cfg-interval (0.5, 0.2): the interval 0.5 0.2 is not 0 <= low < high <= 1\n"),
+        (["evaluate", "--resize-to", "100000"], "--resize-to 100000: Input should be less than"),
     ],
 )  # fmt: skip
 def test_bad_usage_is_one_line_and_code_2(line, message, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import hypothesis.strategies as st
 import pytest
@@ -25,9 +25,14 @@ PAPER = [round(1 + 0.1 * i, 1) for i in range(31)]
 BOTH = [(0.0, 1.0), (0.1, 1.0)]
 
 
-def search(lines: list[Line], kind: str, surface: Callable[[Cell], float]) -> dict[Cell, float]:
-    """What a search computes on a surface, in the order of computing."""
-    values: dict[Cell, float] = {}
+def search(
+    lines: list[Line],
+    kind: str,
+    surface: Callable[[Cell], float],
+    known: Iterable[tuple[Cell, float]] = (),
+) -> dict[Cell, float]:
+    """What is known of a surface when a search is over, in the order of computing."""
+    values = dict(known)
     while cells := next_cells(lines, values, kind):
         assert not set(cells) & values.keys(), "a cell is computed twice"
         assert len(set(cells)) == len(cells)
@@ -145,6 +150,11 @@ def test_the_refined_search_finds_the_winner_of_the_exhaustive_one_on_a_convex_s
     assert len(whole) == len(all_cells(lines))
     assert refined[winner(refined)] == whole[winner(whole)]
     assert len(refined) <= most_cells(lines, "refined") <= len(whole)
+    # What a line has been searched for says nothing of the others.
+    first = search(lines[:2], "exhaustive", surface)
+    left = most_cells(lines, "refined", first)
+    asked = search(lines, "refined", surface, first.items())
+    assert len(asked) - len(first) <= left <= len(whole) - len(first)
 
 
 @given(st.lists(st.floats(0.01, 5), min_size=30, max_size=30), st.integers(0, 30))

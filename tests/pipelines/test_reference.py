@@ -352,6 +352,23 @@ def test_a_damaged_array_of_images_is_named(tmp_path: Path, save):
             make_reference(real_images(str(path)), tmp_path / "r.npz")
 
 
+@pytest.mark.parametrize("layer", ["pooled", "spatial"])
+def test_features_that_are_no_numbers_are_refused_with_the_image(
+    tiny_dataset: Path, tmp_path: Path, layer: str
+):
+    whole = pooling_extractor()
+
+    def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = whole(pixels)
+        if len(pixels) > 3:
+            getattr(features, layer)[3, 1] = float("nan")  # pooled ones are the logits, too
+        return features
+
+    images = real_images(str(tiny_dataset))
+    with pytest.raises(ValueError, match=r"features of image 3 are not finite: .* --weights"):
+        extract(images, range(images.num_images), Extractor(whole.identity, forward), CPU)
+
+
 def test_more_images_than_there_are_are_refused(tiny_dataset: Path):
     with pytest.raises(ValueError, match="--num-images 212 is more than the 211 images of"):
         real_images(str(tiny_dataset), 212)

@@ -247,6 +247,34 @@ def test_a_winner_of_another_size_is_drawn_from_the_cells_that_are_there(
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("winner/*/report.json", ""),
+        ("winner/*/report.json", "[]"),
+        ("winner/*/report.json", '{"metrics": {}, "warnings": [], "identity": {}, "config": {}}'),
+        ("cells/*/cell.json", None),
+    ],
+)
+def test_a_result_that_lacks_something_is_computed_again_from_what_was_drawn(
+    story: Story, tmp_path: Path, file: str, content: str | None
+):
+    shutil.copytree(story.output, tmp_path / "sweep")
+    damaged = next((tmp_path / "sweep").glob(file))
+    whole = json.loads(damaged.read_text())
+    if content is None:
+        content = json.dumps({k: v for k, v in whole.items() if k != "metrics"})
+    damaged.write_text(content)
+    drawn = {p: t for p, t in written(tmp_path / "sweep").items() if p != damaged}
+
+    sweep.run(story.config.model_copy(update={"output": str(tmp_path / "sweep")}))
+
+    assert json.loads(damaged.read_text())["metrics"] == whole["metrics"]
+    now = written(tmp_path / "sweep")
+    assert {path: now[path] for path in drawn} == drawn
+
+
+@pytest.mark.ray
 def test_images_that_a_finished_winner_lacks_are_not_said_to_be_kept(story: Story, tmp_path: Path):
     shutil.copytree(story.output, tmp_path / "sweep")
     wanted = story.config.model_copy(update={"output": str(tmp_path / "sweep")})
@@ -390,7 +418,6 @@ def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
     refused("--model is missing", model="")
     refused("15 images cannot be spread evenly over 10 classes: choose 10 or 20", cell_images=15)
     refused("45 images cannot be spread evenly over 10 classes", num_images=45)
-    refused("is not 0 <= low < high <= 1", grid=GridConfig(cfg_interval=((1.0, 0.1),)))
     refused("steps is chosen twice: 3 for all cells, and", grid=GridConfig(steps=(2, 3)),
             sampler=SamplerChoice(steps=3))  # fmt: skip
     refused("both model .* and models", models=(one,))
