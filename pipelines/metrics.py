@@ -276,11 +276,9 @@ def neighbourhoods(
             f"{max(ks)} neighbours need more images than {len(generated)} generated "
             f"and {len(real)} real ones"
         )
-    # Distances stay, but rounding errors of |x|^2 + |y|^2 - 2 x.y shrink.
-    centre = real.mean(0, dtype=np.float64).astype(np.float32)
-    slack = _slack(centre, generated, real)
-    around_generated = _Balls(generated, ks, centre, slack)
-    around_real = _Balls(real, ks, centre, slack)
+    radius_generated = _radii(generated, ks)
+    radius_real = _radii(real, ks)
+    centre = _centre(real)
 
     N, M = len(generated), len(real)
     balls = dict.fromkeys(ks, 0)
@@ -289,14 +287,15 @@ def neighbourhoods(
     covered = {k: np.zeros(M, bool) for k in ks}
     for rows in _slices(N, BLOCK):
         for columns in _slices(M, BLOCK):
-            squared = _distances(generated[rows], real[columns], centre)
+            pair = generated[rows], real[columns]
+            squared, slack = _distances(*pair, centre)
             for k in ks:
-                hits = around_real.hold(k, columns, squared.T, generated[rows])
+                hits = _within(squared, slack, radius_real[k][columns], pair)
                 balls[k] += int(np.count_nonzero(hits))
-                inside[k][rows] |= hits.any(0)
-                covered[k][columns] |= hits.any(1)
-                hits = around_generated.hold(k, rows, squared, real[columns])
-                recalled[k][columns] |= hits.any(0)
+                inside[k][rows] |= hits.any(1)
+                covered[k][columns] |= hits.any(0)
+                found = _within(squared, slack, radius_generated[k][rows, None], pair)
+                recalled[k][columns] |= found.any(0)
     return {
         k: {
             "precision": float(inside[k].mean()),
@@ -308,119 +307,88 @@ def neighbourhoods(
     }
 
 
-class _Balls:
-    """Around each row a ball that reaches to its k-th nearest other row.
-
-    What lies on the edge of a ball is inside, and much does where images repeat or features are
-    whole numbers. So where rounding could decide, the distances are computed again, in float64.
-
-    Args:
-        features: [N, D].
-        ks: sizes of the neighbourhood.
-        centre: see _distances, [D].
-        slack: by how much squared distances may be wrong.
-    """
-
-    def __init__(self, features: Array, ks: tuple[int, ...], centre: Array, slack: float) -> None:
-        self.features, self.centre, self.slack = features, centre, np.float32(slack)
-        self.radius = _radii(features, ks, centre)
-        self.exact = {k: np.full(len(features), np.nan) for k in ks}
-
-    def hold(self, k: int, balls: slice, squared: Array, points: Array) -> Array:
-        """Which balls hold which points, bool [balls, P].
-
-        Args:
-            k: size of the neighbourhood.
-            balls: rows of the features.
-            squared: distances, [balls, P].
-            points: features [P, D].
-        """
-        radius = self.radius[k][balls, None]
-        held: Array = squared <= radius - 2 * self.slack
-        perhaps = squared <= radius + 2 * self.slack
-        if np.count_nonzero(held) != np.count_nonzero(perhaps):
-            ball, point = np.nonzero(perhaps & ~held)
-            self._learn(k, np.unique(ball) + balls.start)
-            near = _pairs(self.features[balls], ball, points, point)
-            held[ball, point] = near <= self.exact[k][balls][ball]
-        return held
-
-    def _learn(self, k: int, rows: npt.NDArray[np.int64]) -> None:
-        """Find the exact radii of rows that lack them."""
-        lacking = rows[np.isnan(self.exact[k][rows])]
-        for part in _slices(len(lacking), BLOCK):
-            some = lacking[part]
-            candidates = []
-            for columns in _slices(len(self.features), BLOCK):
-                squared = _distances(self.features[some], self.features[columns], self.centre)
-                i, j = np.nonzero(squared <= self.radius[k][some, None] + 2 * self.slack)
-                others = some[i] != j + columns.start
-                i, j = i[others], j[others]
-                near = _pairs(self.features[some], i, self.features[columns], j)
-                candidates.append((i, near))
-            row, near = (np.concatenate(column) for column in zip(*candidates, strict=True))
-            order = np.lexsort((near, row))
-            first = np.searchsorted(row[order], np.arange(len(some)))
-            self.exact[k][some] = near[order][first + k - 1]
-
-
-def _slack(centre: Array, *sides: Array) -> float:
-    """By how much _distances may be wrong between rows of these features.
-
-    Rounding errors of a sum of D products grow with the root of D; 8 times that is never met.
-    """
-    largest = max(
-        float(np.square(side[rows] - centre, dtype=np.float64).sum(1).max())
-        for side in sides
-        for rows in _slices(len(side), BLOCK)
-    )
-    relative = 8 * (len(centre) ** 0.5 + 1) * float(np.finfo(np.float32).eps) / 2
-    return relative * 4 * largest  # (|x| + |y|)^2
-
-
-def _pairs(
-    x: Array, i: npt.NDArray[np.int64], y: Array, j: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Squared distances of x[i] to y[j], by their differences in float64, [len(i)]."""
-    squared = np.empty(len(i))
-    for part in _slices(len(i), BLOCK):
-        difference = x[i[part]].astype(np.float64) - y[j[part]]
-        squared[part] = np.einsum("nd,nd->n", difference, difference)
-    return squared
-
-
-def _radii(features: Array, ks: tuple[int, ...], centre: Array) -> dict[int, Array]:
-    """Squared distance of each row to its k-th nearest other row.
+def _radii(features: Array, ks: tuple[int, ...]) -> dict[int, Array]:
+    """Squared distance of each row to its k-th nearest other row, float64, as _exact has it.
 
     Distances are symmetric, so the blocks above the diagonal suffice: each tells its rows and its
     columns.
     """
+    centre = _centre(features)
     most = max(ks) + 1  # one more, because the row itself is among its neighbours
-    nearest = np.full((len(features), most), np.inf, np.float32)
+    nearest = np.full((len(features), most), np.inf)
 
-    def learn(rows: slice, squared: Array) -> None:
-        known = np.concatenate([nearest[rows], squared], axis=1)
+    def learn(rows: slice, columns: slice, squared: Array, slack: float) -> None:
+        known = np.concatenate([nearest[rows], squared], axis=1, dtype=np.float32)
         known.partition(most - 1, axis=1)
-        nearest[rows] = known[:, :most]
+        there = nearest[rows]
+        limit = known[:, most - 1 : most] + np.float32(2 * slack)
+        limit[there[:, -1] == 0] = -1  # none is nearer than a copy: a collapsed model has many
+        i, j = np.nonzero(squared <= limit)
+        exact = _exact(features[rows], features[columns], i, j)
+        values = np.concatenate([there.ravel(), exact])
+        owners = np.concatenate([np.repeat(np.arange(len(there)), most), i])
+        order = np.lexsort((values, owners))
+        first = np.searchsorted(owners[order], np.arange(len(there)))
+        nearest[rows] = values[order][first[:, None] + np.arange(most)]
 
     blocks = _slices(len(features), BLOCK)
-    for i, rows in enumerate(blocks):
-        for columns in blocks[i:]:
-            squared = _distances(features[rows], features[columns], centre)
-            learn(rows, squared)
+    for n, rows in enumerate(blocks):
+        for columns in blocks[n:]:
+            squared, slack = _distances(features[rows], features[columns], centre)
+            learn(rows, columns, squared, slack)
             if columns != rows:
-                learn(columns, _transposed(squared))
-    nearest.sort(axis=1)
+                learn(columns, rows, _transposed(squared), slack)
     return {k: nearest[:, k] for k in ks}
 
 
-def _distances(x: Array, y: Array, centre: Array) -> Array:
-    """Squared distances between the rows of x and of y, [N, M], float32."""
+def _within(squared: Array, slack: float, radius: Array, pair: tuple[Array, Array]) -> Array:
+    """Whether distances are at most a radius, [N, M]; a tie is one, however float32 rounds it.
+
+    Args:
+        squared, slack: of a pair of features, as _distances gives them.
+        radius: squared, float64, [M] or [N, 1].
+        pair: the features, [N, D] and [M, D].
+    """
+    hits: Array = squared <= (radius - slack).astype(np.float32)
+    i, j = np.nonzero(hits != (squared <= (radius + slack).astype(np.float32)))
+    hits[i, j] = _exact(*pair, i, j) <= np.broadcast_to(radius, hits.shape)[i, j]
+    return hits
+
+
+def _exact(x: Array, y: Array, i: Array, j: Array) -> Array:
+    """Squared distances of the rows x[i] and y[j], float64, from their differences.
+
+    Equal ones are equal here where the features are few small whole numbers, or the differences
+    the same but for their signs.
+    """
+    found = np.empty(len(i))
+    for some in _slices(len(i), TILE // 16):
+        difference = x[i[some]].astype(np.float64)
+        difference -= y[j[some]]
+        found[some] = np.square(difference, out=difference).sum(1)
+    return found
+
+
+def _centre(features: Array) -> Array:
+    """Mean, [D]. Without it distances stay, but the slack of _distances shrinks."""
+    return features.mean(0, dtype=np.float64).astype(np.float32)
+
+
+def _distances(x: Array, y: Array, centre: Array) -> tuple[Array, float]:
+    """Squared distances between the rows of x and of y, [N, M], float32; how far they may be off.
+
+    They are |a|^2 + |b|^2 - 2 a.b. Each sum of D products is off by at most D u times the sum of
+    their sizes, u being float32's unit roundoff, in whatever order they are added; the 16 allows
+    for the centring, the last additions, and the rounding of what is compared with it.
+    """
     a, b = (np.asarray(side - centre, np.float32) for side in (x, y))
     squared: Array = (-2 * a) @ b.T
-    squared += np.einsum("nd,nd->n", b, b)
-    squared += np.einsum("nd,nd->n", a, a)[:, None]
-    return squared.clip(0, out=squared)
+    size_a, size_b = (np.einsum("nd,nd->n", side, side) for side in (a, b))
+    squared += size_b
+    squared += size_a[:, None]
+    roundoff = (a.shape[1] + 16) * 2.0**-24
+    slack = roundoff * float(size_a.max() ** 0.5 + size_b.max() ** 0.5) ** 2
+    return squared.clip(0, out=squared), slack + float(np.finfo(np.float32).tiny)
 
 
 def _transposed(block: Array) -> Array:

@@ -634,6 +634,9 @@ def report(
 ) -> dict[str, Any]:
     """What report.json holds: all that the figure, a quotation and a repetition need."""
     config, name = sweep.config, sweep.extractor.distance
+    if not config.models:  # the checkpoint, not the run, which training may give a newer one
+        (uri,) = {source.uri for source in sweep.sources.values()}
+        config = config.model_copy(update={"model": uri})
     cells = all_cells(sweep.lines)
     about, drawn = judged["identity"], results.values()
     failed = [cell.name for cell, found in results.items() if "failed" in found]
@@ -644,7 +647,7 @@ def report(
             f"{', '.join(failed)}"
         )
     plans = "".join(sweep.cell_job(cell).plan.sha256 for cell in cells)
-    shared = {k: v for k, v in about.items() if k not in ("sampler", "ema_decay")}
+    shared = {k: v for k, v in about.items() if k not in ("sampler", "ema_decay", "model")}
     return {
         "format_version": 1,
         "minimised": name,

@@ -33,8 +33,9 @@ from jitmodel.model import JiT
 from jitmodel.sampler import guidance_acts, times
 from pipelines import lease, shards, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, SamplerChoice
-from pipelines.drawing import Plan, device_name, draw_batch, read_part
+from pipelines.drawing import Plan, device_name, draw_batch, part_uri, read_part
 from pipelines.evaluate import run, run_reference
+from pipelines.evaluation import Job, SampleWorker
 from pipelines.features import standard_inception
 from pipelines.images import encode
 from pipelines.reference import is_kept, read_reference
@@ -222,6 +223,29 @@ class KillOne(logging.Handler):
         if text.startswith("drew ") and self.victim and not self.killed:
             self.killed = True
             os.kill(self.victim, signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_a_chunk_whose_worker_died_before_it_answered_is_not_drawn_again(
+    artifact: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output, victim = tmp_path / "output", tmp_path / "victim"
+
+    class DiesOnce(SampleWorker):
+        def run(self, item: tuple[Job, int]) -> int:
+            images = super().run(item)
+            if not victim.exists():
+                part = Path(part_uri(item[0].output, item[1]))
+                victim.write_text(f"{part.name} {part.stat().st_mtime_ns}")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return images
+
+    monkeypatch.setattr("pipelines.evaluate.SampleWorker", DiesOnce)
+    run(config(artifact, reference, output, workers=1))
+
+    name, written = victim.read_text().split()
+    assert (output / "features" / name).stat().st_mtime_ns == int(written)
+    assert (output / "report.json").exists()
 
 
 @pytest.mark.ray

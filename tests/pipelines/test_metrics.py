@@ -7,12 +7,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import calculate_precision_recall_full, prc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pipelines import metrics
 from pipelines.metrics import (
@@ -195,20 +195,21 @@ def test_the_kernel_distance_is_its_sum_over_pairs(rows: list[list[float]]):
 
 
 @given(
-    seed=st.integers(0, 2**32 - 1),
-    n=st.integers(4, 12),
-    m=st.integers(4, 12),
-    k=st.integers(1, 3),
-    values=st.integers(2, 50),
+    st.integers(0, 2**32 - 1),
+    st.integers(4, 12),
+    st.integers(4, 12),
+    st.integers(1, 3),
+    st.sampled_from((3, 8, 50)),
 )
 @settings(max_examples=100, deadline=None)
-@example(seed=0, n=4, m=5, k=1, values=2)  # most images come twice
 def test_neighbourhoods_are_what_counting_every_pair_gives(
-    seed: int, n: int, m: int, k: int, values: int
+    seed: int, n: int, m: int, k: int, high: int
 ):
-    """Of whole numbers, so that many distances are equal."""
     rng = np.random.default_rng(seed)
-    drawn, real = (rng.integers(0, values, (rows, 3)).astype(np.float32) for rows in (n, m))
+    drawn, real = (
+        rng.integers(0, high, (n, 3)).astype(float),
+        rng.integers(0, high, (m, 3)).astype(float),
+    )
 
     def radius(points: np.ndarray, i: int) -> float:
         return sorted(np.sum((points[i] - p) ** 2) for j, p in enumerate(points) if j != i)[k - 1]
@@ -227,28 +228,39 @@ def test_neighbourhoods_are_what_counting_every_pair_gives(
     assert found["coverage"] == pytest.approx(np.mean(np.any(inside_real, axis=0)))
 
 
-@pytest.mark.parametrize("width", [2, 8, 64])
-def test_neighbourhoods_with_many_equal_distances_agree_with_torch_fidelity(width: int):
+def test_an_image_on_the_edge_of_a_ball_is_inside_though_the_mean_is_no_float32():
+    drawn, real = np.array([[1.0]] * 4), np.array([[2.0], [4.0], [3.0], [0.0], [0.0]])
+
+    found = neighbourhoods(drawn, real, (1,))[1]
+
+    assert found["precision"] == 1  # 1 is at distance 1 of 2, whose nearest other is 3
+    assert found["density"] == 1  # and in the ball of 2 alone
+    assert found["recall"] == 0
+
+
+@pytest.mark.parametrize("width", [2, 8])
+def test_ties_are_counted_as_in_torch_fidelity_whatever_the_block(
+    width: int, monkeypatch: pytest.MonkeyPatch
+):
     rng = np.random.default_rng(width)
-    drawn, real = (rng.integers(0, 20, (rows, width)).astype(np.float32) for rows in (700, 600))
+    a, b = (rng.integers(0, 20, (n, width)).astype(np.float32) for n in (700, 600))
+    expected = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), verbose=False)
 
-    found = neighbourhoods(drawn, real, (3,))[3]
+    monkeypatch.setattr(metrics, "BLOCK", 97)
+    found = neighbourhoods(a, b, (3,))[3]
 
-    precision, recall = calculate_precision_recall_full(
-        torch.from_numpy(drawn), torch.from_numpy(real), neighborhood=3
-    )
-    assert found["precision"] == pytest.approx(precision, abs=1e-3)
-    assert found["recall"] == pytest.approx(recall, abs=1e-3)
+    assert found["precision"] == pytest.approx(expected["precision"], abs=1e-6)
+    assert found["recall"] == pytest.approx(expected["recall"], abs=1e-6)
 
 
-def test_images_that_repeat_are_all_recalled_by_themselves():
-    images = np.random.default_rng(0).normal(size=(60, 2048)).astype(np.float32).repeat(6, axis=0)
+def test_images_that_come_six_times_are_found_in_a_copy_of_their_set():
+    once = np.random.default_rng(0).gamma(1, size=(60, 2048)).astype(np.float32)
+    real = np.repeat(once, 6, axis=0)  # every ball has radius 0
 
-    found = neighbourhoods(images, images.copy(), (3, 7))
+    found = neighbourhoods(np.tile(once, (6, 1)), real, (3, 5))
 
-    for k in (3, 7):
-        assert found[k]["precision"] == found[k]["recall"] == found[k]["coverage"] == 1.0
-    assert found[3]["density"] == 2.0  # each ball has no size, and holds six
+    for k in (3, 5):
+        assert found[k] == {"precision": 1, "recall": 1, "density": 6 / k, "coverage": 1}
 
 
 def test_distances_are_never_in_memory_as_a_whole():
