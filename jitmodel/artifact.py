@@ -48,6 +48,12 @@ class ArtifactInfo(Config):
     versions: dict[str, str] = {}
     """Versions of the tools that wrote it."""
 
+    @property
+    def sha256(self) -> str:
+        """Digest of the whole artifact: of its weights, and of all that this says but versions."""
+        said = self.model_dump(mode="json", exclude={"versions"})
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file."""

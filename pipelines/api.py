@@ -73,6 +73,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "jit"
     artifact_sha256: str
+    weights_sha256: str
     size: str
     num_classes: int
     images_seen: int
@@ -141,7 +142,8 @@ class Service:
         return ModelCard(
             id=self.model,
             created=self.created,
-            artifact_sha256=self.info.weights_sha256,
+            artifact_sha256=self.info.sha256,
+            weights_sha256=self.info.weights_sha256,
             size=f"{side}x{side}",
             num_classes=self.info.model.num_classes,
             images_seen=self.info.images_seen,
@@ -187,7 +189,7 @@ class Requested:
 
     def __init__(self, service: Service, plan: Plan, record: RequestRecord) -> None:
         self.service, self.plan, self.record = service, plan, record
-        record.artifact = service.info.weights_sha256[:12]
+        record.artifact = service.info.sha256[:12]
         record.images, record.class_labels = len(plan.labels), sorted(set(plan.labels))
         record.seed, record.stream = plan.seed, plan.stream
         record.steps, record.solver = plan.sampler.steps, plan.sampler.solver
@@ -274,7 +276,7 @@ class Requested:
                         step=step,
                         seed=self.plan.seed,
                         index=self.plan.index + position,
-                        artifact_sha256=self.service.info.weights_sha256,
+                        artifact_sha256=self.service.info.sha256,
                     )
             answer = await self.answer(kept, "")
             shared = answer.model_dump(mode="json", exclude={"data", "created"})
@@ -340,11 +342,11 @@ async def redraw(live: Live, request: Request, link: Redraw) -> Response:
     file = live.kept.files.get(request.url.query)
     if file is None:
         service = live.service
-        if link.artifact_sha256 != service.info.weights_sha256:
+        if link.artifact_sha256 != service.info.sha256:
             raise ApiError(
                 404,
-                f"the image was drawn with weights {link.artifact_sha256[:12]!r}, which are no "
-                f"longer served: now it is {service.info.weights_sha256[:12]}",
+                f"the image was drawn with the artifact {link.artifact_sha256[:12]!r}, which is "
+                f"no longer served: now it is {service.info.sha256[:12]}",
                 param="artifact_sha256",
                 code="artifact_not_served",
             )
@@ -507,7 +509,7 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
         refused = live.refused
         if refused is not None and live.service.keys:  # this route needs none
             refused = "the server's log says why an artifact was refused"
-        return Health(artifact_sha256=live.service.info.weights_sha256, refused=refused)
+        return Health(artifact_sha256=live.service.info.sha256, refused=refused)
 
     describe = app.openapi
 

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
     raise SystemExit(main(["deploy", *sys.argv[1:]]))
 
+import copy
 import difflib
 import logging
 import time
@@ -33,7 +34,7 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from pipelines.config import DeployConfig, ServeConfig
 from pipelines.guard import is_loopback
-from pipelines.replica import Server, Wanted, opened
+from pipelines.replica import Server, Wanted, opened, wish
 from pipelines.serve import (
     APP,
     DEPLOYMENT,
@@ -190,7 +191,7 @@ def check_document(document: Any, where: str) -> None:
             f"{where}: http_options.host {host} can be reached by others, and user_config "
             "holds no keys: let `jit deploy URI --keys-file FILE` write it"
         )
-    opened(wanted.model, wanted.weights_sha256)
+    opened(wanted.model, wanted.artifact_sha256)
 
 
 def check_keys(found: Any, schema: type[BaseModel], where: str) -> None:
@@ -241,6 +242,8 @@ def apply(document: dict[str, Any], config: DeployConfig) -> None:
     client = ServeSubmissionClient(config.address)
     found = ServeDeploySchema.model_validate(document)  # with what Ray takes for left-out keys
     check_running(client.get_serve_details(), found)
+    document = copy.deepcopy(document)
+    document["applications"][0]["deployments"][0]["user_config"]["wish"] = wish()
     client.deploy_applications(document)
     wait(lambda: client.get_serve_details()["applications"], config.deploy_timeout_s)
     logger.info(

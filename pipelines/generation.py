@@ -4,7 +4,7 @@ The shape is that of OpenAI's `POST /v1/images/generations`, so that its clients
 what a diffusion model needs besides (seed, steps, guidance, solver, class labels) stands at the
 top level. Parameters of OpenAI that mean nothing here are read and ignored, unknown ones are
 refused, as OpenAI does. Every image can be drawn again: the answer, and the metadata of a PNG,
-hold its seed, its index below the seed, the settings and the digest of the weights.
+hold its seed, its index below the seed, the settings and the digest of the artifact.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class ImagesAnswer(Config):
     model: str
     """Name of the model."""
     artifact_sha256: str
-    """Digest of its weights."""
+    """Digest of the artifact, its weights and its config."""
+    weights_sha256: str
+    """Digest of the weights alone, which an evaluation's report names."""
     seed: int
     """Seed of all images."""
     sampler: SamplerConfig
@@ -178,7 +180,7 @@ class Redraw(Config):
     """Query of `GET /v1/images/redraw`: all that makes one image, so that nobody must keep it."""
 
     artifact_sha256: str
-    """Digest of the weights that drew it."""
+    """Digest of the artifact that drew it."""
     class_labels: int
     seed: int
     index: int
@@ -389,7 +391,8 @@ def files(
             "class_label": label,
             "class_name": classes.infos[label].name,
             "model": model,
-            "artifact_sha256": info.weights_sha256,
+            "artifact_sha256": info.sha256,
+            "weights_sha256": info.weights_sha256,
             "num_inference_steps": plan.sampler.steps,
             "solver": plan.sampler.solver,
             "guidance_scale": plan.sampler.cfg_scale,
@@ -413,7 +416,7 @@ def base64_of(file: bytes) -> str:
 def query(plan: Plan, k: int, info: ArtifactInfo) -> str:
     """What a link to image k of a plan says after its question mark, a `Redraw`."""
     link = Redraw(
-        artifact_sha256=info.weights_sha256,
+        artifact_sha256=info.sha256,
         class_labels=plan.labels[k],
         seed=plan.seed,
         index=plan.index + k,
@@ -454,7 +457,8 @@ def answer(
         output_format=plan.output_format,
         size=f"{plan.side}x{plan.side}",
         model=model,
-        artifact_sha256=info.weights_sha256,
+        artifact_sha256=info.sha256,
+        weights_sha256=info.weights_sha256,
         seed=plan.seed,
         sampler=plan.sampler,
         timings=timings,

@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -69,10 +70,17 @@ class Wanted(Config):
 
     model: str
     """URI of the artifact."""
-    weights_sha256: str = ""
-    """Digest that its weights shall have; empty: any."""
+    artifact_sha256: str = ""
+    """Digest that it shall have; empty: any."""
     keys: tuple[tuple[Sha256, PositiveInt], ...] = ()
     """SHA-256 of each key, and how many requests it may have in work."""
+    wish: str = ""
+    """Another one each time: what was said before, Ray would not pass on."""
+
+
+def wish() -> str:
+    """A name for a wish that no other one has."""
+    return secrets.token_hex(8)
 
 
 class Server:
@@ -118,6 +126,12 @@ class Server:
         async with self._turn:
             if wanted is not self.wanted:
                 return  # another wish came meanwhile
+            if wanted.artifact_sha256 == self.live.service.info.sha256:
+                self.live.refused = None
+                logger.info(
+                    "serving %s as before: the artifact is the same", wanted.artifact_sha256[:12]
+                )
+                return
             try:
                 successor = await asyncio.to_thread(load, self.config, wanted)
             except Exception as error:  # whatever is wrong with it, the old one goes on
@@ -132,7 +146,7 @@ class Server:
             self.take(successor, self.wanted)  # another wish may have come, with its keys
             self.live.refused = None
             self.meter.reloads.inc(tags={"result": "done"})
-            logger.info("serving %s from now on", successor.info.weights_sha256[:12])
+            logger.info("serving %s from now on", successor.info.sha256[:12])
         while old.engine.running or old.engine.waiting:  # nothing joins it any more
             await asyncio.sleep(0.05)
         await asyncio.to_thread(old.engine.close)
@@ -155,12 +169,12 @@ class Server:
             self.live.current.engine.close()
 
 
-def opened(uri: str, weights_sha256: str = "") -> tuple[Path, ArtifactInfo]:
+def opened(uri: str, artifact_sha256: str = "") -> tuple[Path, ArtifactInfo]:
     """A local folder with an artifact that can be served, and what it says about itself.
 
     Args:
         uri: where the artifact is.
-        weights_sha256: digest that its weights shall have; empty: the one that it names.
+        artifact_sha256: digest that it shall have; empty: any.
 
     Raises:
         FileNotFoundError: there is no artifact.
@@ -175,10 +189,10 @@ def opened(uri: str, weights_sha256: str = "") -> tuple[Path, ArtifactInfo]:
             f"the weights of {uri} have sha256 {found}, but {CONFIG} {said}: they are damaged or "
             f"were replaced. {AGAIN}"
         )
-    if weights_sha256 not in ("", found):
+    if artifact_sha256 not in ("", info.sha256):
         raise ValueError(
-            f"{uri} has weights {found[:12]}, but {weights_sha256[:12]} are wanted: it was "
-            "replaced meanwhile"
+            f"{uri} holds the artifact {info.sha256[:12]}, but {artifact_sha256[:12]} is wanted: "
+            "it was replaced meanwhile"
         )
     if info.model.in_channels not in (1, 3):
         raise ValueError(f"{uri} draws {info.model.in_channels} channels: a picture has 1 or 3")
@@ -186,27 +200,24 @@ def opened(uri: str, weights_sha256: str = "") -> tuple[Path, ArtifactInfo]:
     return folder, info
 
 
-def kept(weights_sha256: str) -> Path:
-    """Where this machine keeps the artifact with these weights, once it was served here."""
-    return storage.cache_folder() / "served" / weights_sha256
+def kept(artifact_sha256: str) -> Path:
+    """Where this machine keeps the artifact with this digest, once it was served here."""
+    return storage.cache_folder() / "served" / artifact_sha256
 
 
 def keep(folder: Path, info: ArtifactInfo) -> None:
     """Copies an artifact that can be served, so that a replica can start again when it is gone."""
-    target = kept(info.weights_sha256)
+    target = kept(info.sha256)
     if folder == target:
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
-            whole = Path(temporary) / "artifact"
-            whole.mkdir()
-            names = (CONFIG,) if target.exists() else (WEIGHTS, CONFIG)
-            for name in names:
-                shutil.copy(folder / name, whole)
-            if target.exists():  # the weights are the same, the names of classes perhaps not
-                (whole / CONFIG).replace(target / CONFIG)
-            else:
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
+                whole = Path(temporary) / "artifact"
+                whole.mkdir()
+                for name in (WEIGHTS, CONFIG):
+                    shutil.copy(folder / name, whole)
                 whole.rename(target)
         os.utime(target)
         old = sorted(target.parent.glob("[!.]*"), key=lambda f: f.stat().st_mtime)[:-KEPT_ARTIFACTS]
@@ -223,17 +234,17 @@ def wanted_artifact(wanted: Wanted) -> tuple[Path, ArtifactInfo]:
         FileNotFoundError, ValueError: as `opened`.
     """
     try:
-        return opened(wanted.model, wanted.weights_sha256)
+        return opened(wanted.model, wanted.artifact_sha256)
     except (OSError, ValueError) as error:
-        copy = kept(wanted.weights_sha256)
-        if not wanted.weights_sha256 or not copy.exists():
+        copy = kept(wanted.artifact_sha256)
+        if not wanted.artifact_sha256 or not copy.exists():
             raise
         logger.warning("%s; serving the copy at %s", error, copy)
-        return opened(str(copy), wanted.weights_sha256)
+        return opened(str(copy), wanted.artifact_sha256)
 
 
 def last_served() -> Path:
-    """File in which a machine notes the weights that the Serve that runs served last.
+    """File in which a machine notes the artifact that the Serve that runs served last.
 
     Each Serve has its own, so that what another server on the machine draws is never taken for
     what this one drew; without Serve, all have the same.
@@ -245,14 +256,14 @@ def last_served() -> Path:
     return storage.cache_folder() / "served" / f".last-{owner}"
 
 
-def note(weights_sha256: str) -> None:
-    """Notes that these weights are served, if this machine keeps them."""
-    if not kept(weights_sha256).exists():
+def note(artifact_sha256: str) -> None:
+    """Notes that this artifact is served, if this machine keeps it."""
+    if not kept(artifact_sha256).exists():
         return
     file = last_served()
     try:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
-            temporary.write(weights_sha256)
+            temporary.write(artifact_sha256)
         Path(temporary.name).replace(file)
         notes = sorted(file.parent.glob(".last-*"), key=lambda f: f.stat().st_mtime)
         for old in notes[:-KEPT_NOTES]:
@@ -278,10 +289,10 @@ def begin(config: ServeConfig, wanted: Wanted) -> tuple[Service, str | None]:
     except Exception as error:
         file = last_served()
         last = file.read_text() if file.exists() else ""
-        if last in ("", wanted.weights_sha256) or not kept(last).exists():
+        if last in ("", wanted.artifact_sha256) or not kept(last).exists():
             raise
         logger.error("the artifact is refused, the one before goes on: %s", error)
-        before = wanted.model_copy(update={"model": str(kept(last)), "weights_sha256": last})
+        before = wanted.model_copy(update={"model": str(kept(last)), "artifact_sha256": last})
         return load(config, before), f"{wanted.model}: {error}"
 
 
@@ -333,7 +344,7 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
     engine.warm_up()
     try_out(engine, info, wanted.model)
     keep(folder, info)
-    note(info.weights_sha256)
+    note(info.sha256)
     engine.start()
     return Service(
         engine=engine,

@@ -51,7 +51,7 @@ from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig, require
 from pipelines.engine import Engine
 from pipelines.guard import KEY_VARIABLE, is_loopback, read_keys
-from pipelines.replica import Server, opened, try_out
+from pipelines.replica import Server, opened, try_out, wish
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,9 @@ def apply(config: ServeConfig, info: ArtifactInfo) -> None:
     Replicas that are there go on with it.
     """
     gpu = has_gpu()
-    deployment = serve.deployment(**options(config, info, gpu=gpu))(serve.ingress()(Server))
+    chosen = options(config, info, gpu=gpu)
+    chosen["user_config"]["wish"] = wish()
+    deployment = serve.deployment(**chosen)(serve.ingress()(Server))
     # The same version tells Ray to hand `user_config` to the replicas instead of replacing them.
     deployment = deployment.options(version=VERSION, _internal=True)
     serve.run(deployment.bind(config), name=APP, route_prefix="/")
@@ -228,7 +230,7 @@ def wanted(config: ServeConfig, info: ArtifactInfo) -> dict[str, Any]:
     keys = read_keys(config.keys_file, config.key_concurrency)
     return {
         "model": storage.absolute(config.model),
-        "weights_sha256": info.weights_sha256,
+        "artifact_sha256": info.sha256,
         "keys": [[key.sha256, key.concurrent] for key in keys],
     }
 
@@ -341,7 +343,7 @@ def describe(info: ArtifactInfo) -> str:
     """The artifact in a few words."""
     m = info.model
     return (
-        f"{info.run or 'artifact'} {info.weights_sha256[:12]}: {m.image_size}x{m.image_size}, "
+        f"{info.run or 'artifact'} {info.sha256[:12]}: {m.image_size}x{m.image_size}, "
         f"{m.num_classes} classes, {info.images_seen} images seen"
     )
 

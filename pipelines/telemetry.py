@@ -34,7 +34,7 @@ class RequestRecord:
     key: str | None = None
     """Beginning of the SHA-256 of the API key."""
     artifact: str | None = None
-    """Beginning of the digest of the weights that drew."""
+    """Beginning of the digest of the artifact that drew."""
     images: int | None = None
     """Images that were asked for; with status 200 and no code they were drawn."""
     class_labels: list[int] | None = None

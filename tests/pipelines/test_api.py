@@ -144,7 +144,7 @@ def test_an_answer_holds_the_samplers_images_and_what_draws_them_again(
         pixels = torch.from_numpy(pixels_of(image["b64_json"]).copy()).permute(2, 0, 1)
         assert (pixels.int() - expected[k].int()).abs().max() <= 1  # 1e-5 may round another way
         assert image["index"] == k
-    assert answer["artifact_sha256"] == read_info(artifact).weights_sha256
+    assert answer["artifact_sha256"] == read_info(artifact).sha256
     assert answer["size"] == "8x8"
     assert answer["sampler"]["cfg_scale"] == 2.0
     assert answer["timings"]["drawing_s"] > 0
@@ -224,7 +224,7 @@ def test_a_link_leads_to_the_image_also_when_the_server_kept_nothing(
         answer = client.get(url, headers=headers)
         return answer.status_code, answer.json()["error"]["code"]
 
-    digest = read_info(artifact).weights_sha256
+    digest = read_info(artifact).sha256
     assert refused(url.replace(digest, "0" * 64)) == (404, "artifact_not_served")
     assert refused(url.replace("class_labels=3", "class_labels=4")) == (422, "invalid_value")
     assert refused(url.replace("=1.7", "=nan")) == (422, "invalid_value")
@@ -355,7 +355,7 @@ def test_other_errors_have_the_same_shape(client: TestClient):
 def test_models_classes_and_health_can_be_asked(client: TestClient, artifact: Path):
     card = client.get("/v1/models").json()["data"][0]
     assert card["id"] == "tiny"
-    assert card["artifact_sha256"] == read_info(artifact).weights_sha256
+    assert card["artifact_sha256"] == read_info(artifact).sha256
     assert client.get("/v1/models/tiny").json() == card
 
     found = client.get("/v1/classes", params={"q": "ret"}).json()
@@ -584,7 +584,7 @@ def test_every_request_leaves_one_line_of_json_without_key_or_prompt(
     assert (drawn["status"], drawn["images"], drawn["class_labels"]) == (200, 2, [0])
     assert (drawn["seed"], drawn["steps"], drawn["solver"]) == (7, 4, "heun")
     assert drawn["total_s"] >= drawn["drawing_s"] > 0
-    assert drawn["artifact"] == read_info(artifact).weights_sha256[:12]
+    assert drawn["artifact"] == read_info(artifact).sha256[:12]
     assert drawn["key"] == digest_of(KEYS[0].encode())[:8]
     assert (unknown["status"], unknown["code"]) == (422, "invalid_value")
     assert streamed["stream"] is True

@@ -147,12 +147,16 @@ def test_keys_that_ray_has_defaults_for_may_be_left_out(
     del found["proxy_location"]
     del found["http_options"]["port"]
 
+    said = []
+
     class Client:
         """A cluster at which it runs at once."""
 
         def __init__(self, address: str) -> None: ...
 
         def deploy_applications(self, document: dict[str, Any]) -> None:
+            chosen = document["applications"][0]["deployments"][0]["user_config"]
+            said.append(chosen.pop("wish"))
             assert document == found
 
         def get_serve_details(self) -> dict[str, Any]:
@@ -161,7 +165,9 @@ def test_keys_that_ray_has_defaults_for_may_be_left_out(
     monkeypatch.setattr(deploy, "ServeSubmissionClient", Client)
     with caplog.at_level("INFO"):
         deploy.apply(found, DeployConfig())
+        deploy.apply(found, DeployConfig())
 
+    assert len(set(said)) == 2, "Ray passes on what is new only"
     assert "127.0.0.1:8000 of every node" in caplog.text
 
 
@@ -255,7 +261,7 @@ def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
         first = printed(capsys, str(artifact), *line)["applications"][0]["deployments"][0]
         assert main(["deploy", str(artifact), *line]) == 0
         digest = httpx.get(f"{url}/readyz").json()["artifact_sha256"]
-        assert digest == first["user_config"]["weights_sha256"]
+        assert digest == first["user_config"]["artifact_sha256"]
         # the front stands before the proxy: Ray's own table of routes is closed
         assert httpx.get(f"{url}/-/routes").status_code == 404
 
@@ -263,9 +269,7 @@ def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
         assert main(["deploy", str(artifact.parent / "second"), *line]) == 0
         until = time.monotonic() + 60
         statuses = set()
-        while (answer := httpx.get(f"{url}/readyz")).json().get(
-            "artifact_sha256"
-        ) != second.weights_sha256:
+        while (answer := httpx.get(f"{url}/readyz")).json().get("artifact_sha256") != second.sha256:
             statuses.add(answer.status_code)
             assert time.monotonic() < until
             time.sleep(0.05)

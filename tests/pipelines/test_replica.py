@@ -13,8 +13,8 @@ import httpx
 import pytest
 import torch
 
-from jitmodel.artifact import ArtifactInfo, save_artifact
-from jitmodel.config import ModelConfig, SamplerConfig
+from jitmodel.artifact import ArtifactInfo, load_artifact, save_artifact
+from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
 from pipelines import replica
 from pipelines.config import ServeConfig
@@ -70,10 +70,10 @@ def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_p
             old = server.live.service.engine
             await server.reconfigure({"model": str(tmp_path / "b")})
             while server.live.service.engine is old:
-                assert await draw() == first.weights_sha256
+                assert await draw() == first.sha256
             assert not long.done()
-            assert await draw() == second.weights_sha256
-            assert await long == first.weights_sha256
+            assert await draw() == second.sha256
+            assert await long == first.sha256
             await settled(server)
             assert not old.healthy, "it was closed"
             assert server.live.service.engine.healthy
@@ -184,7 +184,7 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
             ({"model": str(tmp_path / "diverged")}, "nothing can be drawn with"),
             ({"model": str(tmp_path / "unsigned")}, "holds no weights_sha256"),
             ({"model": str(tmp_path / "nothing")}, "there is no file or folder"),
-            ({"model": str(tmp_path / "good"), "weights_sha256": "f" * 64}, "it was replaced"),
+            ({"model": str(tmp_path / "good"), "artifact_sha256": "f" * 64}, "it was replaced"),
         ]
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -192,10 +192,10 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
                 await server.reconfigure(wish)
                 await settled(server)
                 health = (await client.get("/readyz")).json()
-                assert health["artifact_sha256"] == good.weights_sha256
+                assert health["artifact_sha256"] == good.sha256
                 assert reason in health["refused"]
                 answer = await client.post("/v1/images/generations", json={"prompt": "1"})
-                assert answer.json()["artifact_sha256"] == good.weights_sha256
+                assert answer.json()["artifact_sha256"] == good.sha256
             await server.reconfigure({"model": str(tmp_path / "good")})
             await settled(server)
             assert (await client.get("/readyz")).json()["refused"] is None
@@ -219,23 +219,91 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(tmp_path: Path):
 
 def test_a_replica_starts_again_though_its_artifact_was_damaged_meanwhile(tmp_path: Path):
     good = make_artifact(tmp_path / "a", 1)
-    wish = {"model": str(tmp_path / "a"), "weights_sha256": good.weights_sha256}
+    wish = {"model": str(tmp_path / "a"), "artifact_sha256": good.sha256}
 
     async def served() -> str:
         server = Server(CONFIG)
         await server.reconfigure(wish)
         server.live.service.engine.close()
-        return server.live.service.info.weights_sha256
+        return server.live.service.info.sha256
 
-    assert asyncio.run(served()) == good.weights_sha256
+    assert asyncio.run(served()) == good.sha256
     (tmp_path / "a" / "model.safetensors").write_bytes(b"")
-    assert asyncio.run(served()) == good.weights_sha256
+    assert asyncio.run(served()) == good.sha256
     for seed in range(2, 5):  # the copies are few, and of what was served last
         make_artifact(tmp_path / "b", seed)
         asyncio.run(Server(CONFIG).reconfigure({"model": str(tmp_path / "b")}))
     replica.last_served().unlink()  # those were other servers
     with pytest.raises(ValueError, match="is damaged"):
         asyncio.run(served())
+
+
+def test_an_edited_config_is_another_artifact_with_names_links_and_a_copy_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    first = make_artifact(tmp_path / "a", 1)
+    wish = {"model": str(tmp_path / "a"), "artifact_sha256": first.sha256}
+
+    async def story() -> None:
+        server = Server(CONFIG)
+        app = server.__serve_build_asgi_app__()
+        await server.reconfigure(wish)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            body = {"prompt": "0", "response_format": "url"}
+            link = (await client.post("/v1/images/generations", json=body)).json()["data"][0]["url"]
+            server.live.kept.files.clear()
+            assert (await client.get(link)).status_code == 200
+
+            edited = first.model_copy(update={"flow": FlowConfig(noise_scale=2.0)})
+            weights = load_artifact(tmp_path / "a").state_dict()
+            second = save_artifact(tmp_path / "a", weights, edited)
+            assert second.weights_sha256 == first.weights_sha256
+            server.live.kept.files.clear()
+            # the same wish again, which the copy grants, and then the other one
+            engine = server.live.service.engine
+            with caplog.at_level("INFO"):
+                await server.reconfigure({**wish, "wish": "again"})
+                await settled(server)
+            assert "as before: the artifact is the same" in caplog.text
+            assert server.live.service.engine is engine, "nothing was loaded"
+            await server.reconfigure({**wish, "artifact_sha256": second.sha256})
+            await settled(server)
+            assert (await client.get("/readyz")).json()["artifact_sha256"] == second.sha256
+            gone = await client.get(link)
+            assert (gone.status_code, gone.json()["error"]["code"]) == (404, "artifact_not_served")
+            card = (await client.get("/v1/models")).json()["data"][0]
+            assert card["weights_sha256"] == first.weights_sha256, "as an evaluation names them"
+        server.live.service.engine.close()
+
+        again = Server(CONFIG)  # what was edited is no reason to draw otherwise under one digest
+        await again.reconfigure(wish)
+        assert again.live.service.info.flow.noise_scale == 1.0
+        again.live.service.engine.close()
+
+    asyncio.run(story())
+
+
+def test_a_wish_that_was_refused_once_is_granted_when_it_is_said_again(tmp_path: Path):
+    make_artifact(tmp_path / "a", 1)
+    second = make_artifact(tmp_path / "b", 2)
+    (tmp_path / "b").rename(tmp_path / "away")  # a store that is down for a moment
+    wish = {"model": str(tmp_path / "b"), "artifact_sha256": second.sha256}
+
+    async def story() -> None:
+        server = Server(CONFIG)
+        await server.reconfigure({"model": str(tmp_path / "a")})
+        await server.reconfigure({**wish, "wish": replica.wish()})
+        await settled(server)
+        assert server.live.refused is not None
+        (tmp_path / "away").rename(tmp_path / "b")
+        await server.reconfigure({**wish, "wish": replica.wish()})
+        await settled(server)
+        assert server.live.refused is None
+        assert server.live.service.info.sha256 == second.sha256
+        server.live.service.engine.close()
+
+    asyncio.run(story())
 
 
 def test_a_replica_that_dies_after_a_refusal_is_followed_by_one_with_the_artifact_before(
@@ -245,7 +313,7 @@ def test_a_replica_that_dies_after_a_refusal_is_followed_by_one_with_the_artifac
     make_artifact(tmp_path / "bad", 2)
     (tmp_path / "bad" / "model.safetensors").write_bytes(b"")
     keys = [[16 * "abcd", 3]]
-    wish = {"model": str(tmp_path / "bad"), "weights_sha256": "f" * 64, "keys": keys}
+    wish = {"model": str(tmp_path / "bad"), "artifact_sha256": "f" * 64, "keys": keys}
 
     async def begun(*wishes: dict[str, Any]) -> Server:
         server = Server(CONFIG)
@@ -258,7 +326,7 @@ def test_a_replica_that_dies_after_a_refusal_is_followed_by_one_with_the_artifac
     asyncio.run(begun({"model": str(tmp_path / "good")}, wish))
     live = asyncio.run(begun(wish)).live
 
-    assert live.service.info.weights_sha256 == good.weights_sha256
+    assert live.service.info.sha256 == good.sha256
     assert live.refused is not None
     assert live.refused.startswith(f"{tmp_path / 'bad'}: ")
     assert [key.concurrent for key in live.service.keys] == [3], "the keys are those of now"
@@ -303,10 +371,10 @@ def test_a_compiled_replica_compiles_nothing_once_it_is_ready(tmp_path: Path):
 
             for scale, n in ((1.0, 1), (3.0, 1), (3.0, 2), (1.0, 5)):
                 said = await draw(guidance_scale=scale, n=n)
-                assert said["artifact_sha256"] == first.weights_sha256
+                assert said["artifact_sha256"] == first.sha256
             await server.reconfigure({"model": str(tmp_path / "b")})
             await settled(server)
-            assert (await draw(n=3))["artifact_sha256"] == second.weights_sha256
+            assert (await draw(n=3))["artifact_sha256"] == second.sha256
         assert counters["stats"]["unique_graphs"] == compiled
         server.live.service.engine.close()
 

@@ -319,7 +319,7 @@ def test_ten_changes_of_artifact_under_load_lose_no_request(
         e = start_noise(model.flow, model.config, 5, torch.arange(2))
         settings = SamplerConfig(steps=30, cfg_scale=1.5)
         x = sample(model, torch.ones(2, dtype=torch.int64), e, settings)
-        expected[read_info(folder).weights_sha256] = to_pixels(x).permute(0, 2, 3, 1).numpy()
+        expected[read_info(folder).sha256] = to_pixels(x).permute(0, 2, 3, 1).numpy()
     digests = list(expected)
     assert np.abs(expected[digests[0]].astype(int) - expected[digests[1]]).max() > 10
     config = ServeConfig(model=str(artifact), port=0, slots=4, precision="fp32")
@@ -393,13 +393,13 @@ def test_a_replica_killed_after_a_refusal_is_followed_by_one_with_the_artifact_b
         # as where the nodes of a cluster do not see the folder that its driver does
         bad = good.model_copy(update={"weights_sha256": "f" * 64})
         serve.apply(config.model_copy(update={"model": str(broken)}), bad)
-        assert refused()["artifact_sha256"] == good.weights_sha256
+        assert refused()["artifact_sha256"] == good.sha256
         (replica,) = descendants(os.getpid(), "ServeReplica:jit:server")
         os.kill(replica, signal.SIGKILL)
         while descendants(os.getpid(), "ServeReplica:jit:server").keys() == {replica}:
             time.sleep(0.1)
-        assert refused()["artifact_sha256"] == good.weights_sha256
+        assert refused()["artifact_sha256"] == good.sha256
         (successor,) = descendants(os.getpid(), "ServeReplica:jit:server")
         assert successor != replica
         drawn = httpx.post(f"{url}/v1/images/generations", json={"prompt": "bag"}, timeout=60)
-        assert drawn.json()["artifact_sha256"] == good.weights_sha256
+        assert drawn.json()["artifact_sha256"] == good.sha256

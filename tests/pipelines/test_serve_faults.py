@@ -29,7 +29,7 @@ import torch
 import uvicorn
 
 from jitmodel.artifact import ArtifactInfo, load_artifact, read_info, save_artifact
-from jitmodel.config import ModelConfig, SamplerConfig
+from jitmodel.config import ClassInfo, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
 from pipelines.api import Live, Service, create_app
 from pipelines.config import ServeConfig
@@ -351,7 +351,21 @@ def test_sighup_reads_artifact_and_keys_again_and_refuses_a_broken_one(
         wait_until("the new key opens", lambda: status("second") == 200, 60)
         assert status("first") == 401, "the old one does not"
         digest = httpx.get(f"{url}/readyz").json()["artifact_sha256"]
-        assert digest == successor.weights_sha256 != info.weights_sha256
+        assert digest == successor.sha256 != info.sha256
+
+        names = tuple(ClassInfo(name=name) for name in ("boot", "bag", "shirt"))
+        edited = save_artifact(
+            folder, model.state_dict(), successor.model_copy(update={"classes": names})
+        )
+        assert edited.weights_sha256 == successor.weights_sha256
+        os.kill(pid, signal.SIGHUP)
+
+        def first_class() -> str:
+            header = {"Authorization": "Bearer second"}
+            answer = httpx.get(f"{url}/v1/classes", headers=header)
+            return str(answer.json()["data"][0]["name"])
+
+        wait_until("the new names are there", lambda: first_class() == "boot", 60)
 
         shutil.rmtree(folder)
         keys.write_text("third\n")
@@ -364,4 +378,4 @@ def test_sighup_reads_artifact_and_keys_again_and_refuses_a_broken_one(
         asked = {"prompt": "0"}
         header = {"Authorization": "Bearer third"}
         drawn = httpx.post(url + PATH, json=asked, headers=header, timeout=60).json()
-        assert drawn["artifact_sha256"] == successor.weights_sha256
+        assert drawn["artifact_sha256"] == edited.sha256
