@@ -74,6 +74,7 @@ class ModelCard(BaseModel):
     owned_by: str = "jit"
     artifact_sha256: str
     weights_sha256: str
+    precision: str
     size: str
     num_classes: int
     images_seen: int
@@ -144,6 +145,7 @@ class Service:
             created=self.created,
             artifact_sha256=self.info.sha256,
             weights_sha256=self.info.weights_sha256,
+            precision=self.config.precision,
             size=f"{side}x{side}",
             num_classes=self.info.model.num_classes,
             images_seen=self.info.images_seen,
@@ -350,6 +352,14 @@ async def redraw(live: Live, request: Request, link: Redraw) -> Response:
                 param="artifact_sha256",
                 code="artifact_not_served",
             )
+        if link.precision != service.config.precision:
+            raise ApiError(
+                404,
+                f"the image was drawn in {link.precision[:12]!r}: this server draws in "
+                f"{service.config.precision}, which gives other pixels",
+                param="precision",
+                code="precision_not_served",
+            )
         plan = generation.plan(link.request, service.config, service.info, service.classes)
         requested = Requested(service, plan, record_of(request.scope))
         files = await unless_left(request, requested, requested.files())
@@ -361,6 +371,7 @@ async def redraw(live: Live, request: Request, link: Redraw) -> Response:
         "X-Jit-Seed": str(link.seed),
         "X-Jit-Index": str(link.index),
         "X-Jit-Artifact-Sha256": link.artifact_sha256,
+        "X-Jit-Precision": link.precision,
     }
     for phase in Timings.model_fields:  # null where the file was kept: nothing was drawn
         seconds = getattr(record_of(request.scope), phase)

@@ -4,7 +4,7 @@ The shape is that of OpenAI's `POST /v1/images/generations`, so that its clients
 what a diffusion model needs besides (seed, steps, guidance, solver, class labels) stands at the
 top level. Parameters of OpenAI that mean nothing here are read and ignored, unknown ones are
 refused, as OpenAI does. Every image can be drawn again: the answer, and the metadata of a PNG,
-hold its seed, its index below the seed, the settings and the digest of the artifact.
+hold its seed, its index below the seed, the settings, the compute type and the artifact's digest.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ class Plan(Config):
     """Pixels of the files; the network draws in its own size."""
     output_format: OutputFormat
     quality: int
+    precision: str
+    """Compute type of the network."""
     linked: bool
     """Whether the answer holds links instead of images."""
     stream: bool
@@ -171,6 +173,8 @@ class ImagesAnswer(Config):
     """Digest of the weights alone, which an evaluation's report names."""
     seed: int
     """Seed of all images."""
+    precision: str
+    """Compute type of the network, fp32 or bf16."""
     sampler: SamplerConfig
     """How the images were drawn."""
     timings: Timings
@@ -181,6 +185,8 @@ class Redraw(Config):
 
     artifact_sha256: str
     """Digest of the artifact that drew it."""
+    precision: str
+    """Compute type of the network that drew it."""
     class_labels: int
     seed: int
     index: int
@@ -200,7 +206,7 @@ class Redraw(Config):
         Raises:
             BadRequest: as `parse`.
         """
-        return parse(json.dumps(self.model_dump(exclude={"artifact_sha256"})).encode())
+        return parse(json.dumps(self.model_dump(exclude={"artifact_sha256", "precision"})).encode())
 
 
 def parse(body: bytes) -> ImageRequest:
@@ -281,6 +287,7 @@ def plan(
             cfg_interval=(low, high),
         ),
         side=_side(request.size, info.model.image_size, resize=config.resize),
+        precision=config.precision,
         linked=linked,
         output_format=request.output_format or "png",
         quality=100 if request.output_compression is None else request.output_compression,
@@ -393,6 +400,7 @@ def files(
             "model": model,
             "artifact_sha256": info.sha256,
             "weights_sha256": info.weights_sha256,
+            "precision": plan.precision,
             "num_inference_steps": plan.sampler.steps,
             "solver": plan.sampler.solver,
             "guidance_scale": plan.sampler.cfg_scale,
@@ -417,6 +425,7 @@ def query(plan: Plan, k: int, info: ArtifactInfo) -> str:
     """What a link to image k of a plan says after its question mark, a `Redraw`."""
     link = Redraw(
         artifact_sha256=info.sha256,
+        precision=plan.precision,
         class_labels=plan.labels[k],
         seed=plan.seed,
         index=plan.index + k,
@@ -460,6 +469,7 @@ def answer(
         artifact_sha256=info.sha256,
         weights_sha256=info.weights_sha256,
         seed=plan.seed,
+        precision=plan.precision,
         sampler=plan.sampler,
         timings=timings,
     )

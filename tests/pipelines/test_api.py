@@ -155,7 +155,10 @@ def test_an_answer_holds_the_samplers_images_and_what_draws_them_again(
     assert timings["drawing_s"] > 0
     said = json.loads(file.text["jit"])
     assert said.pop("class_name") == "tench, Tinca tinca"
-    assert said.pop("artifact_sha256") == answer["artifact_sha256"]
+    for name in ("artifact_sha256", "weights_sha256", "precision"):
+        assert said.pop(name) == answer[name], name
+    assert answer["weights_sha256"] == read_info(artifact).weights_sha256
+    assert answer["precision"] == ServeConfig().precision
     again = {"class_labels": said.pop("class_label"), **said}
     second = client.post(PATH, json=again).json()["data"][0]
     assert np.array_equal(pixels_of(second["b64_json"]), np.asarray(file))
@@ -226,6 +229,7 @@ def test_a_link_leads_to_the_image_also_when_the_server_kept_nothing(
 
     digest = read_info(artifact).sha256
     assert refused(url.replace(digest, "0" * 64)) == (404, "artifact_not_served")
+    assert refused(url.replace("=bf16", "=fp32")) == (404, "precision_not_served")
     assert refused(url.replace("class_labels=3", "class_labels=4")) == (422, "invalid_value")
     assert refused(url.replace("=1.7", "=nan")) == (422, "invalid_value")
     assert refused(url.replace("seed=7&", "")) == (422, "invalid_value")
@@ -355,6 +359,7 @@ def test_other_errors_have_the_same_shape(client: TestClient):
 def test_models_classes_and_health_can_be_asked(client: TestClient, artifact: Path):
     card = client.get("/v1/models").json()["data"][0]
     assert card["id"] == "tiny"
+    assert card["precision"] == ServeConfig().precision
     assert card["artifact_sha256"] == read_info(artifact).sha256
     assert client.get("/v1/models/tiny").json() == card
 
