@@ -69,15 +69,20 @@ class Recorder:
         record = RequestRecord(method=scope["method"][:20], path=scope["path"][:200])
         scope["record"] = record
         began = time.monotonic()
+        is_whole = False
 
         async def noting(message: Message) -> None:
+            nonlocal is_whole
             if message["type"] == "http.response.start":
                 record.status = message["status"]
             await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             await self.app(scope, receive, noting)
         finally:
+            if not is_whole:  # also where a stream had begun
+                record.status = CLIENT_LEFT
             record.total_s = round(time.monotonic() - began, 6)
             self.report(record)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
@@ -449,6 +450,33 @@ def test_a_client_that_leaves_frees_its_slots(url: str, service: Service):
         wait_for_idle(service)  # 8 images of 17,999 evaluations take much longer
 
     assert httpx.get(url + "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_left_is_recorded_as_such_also_in_the_middle_of_a_stream(
+    service: Service, stream: bool
+):
+    records, sent = list[RequestRecord](), list[Any]()
+    asked = {"prompt": "tench", "n": 8, "num_inference_steps": 9_000, "stream": stream}
+    messages = [{"type": "http.request", "body": json.dumps(asked).encode()}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(0.2)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b""}
+    app = create_app(Live(service), records.append)
+    asyncio.run(app({**scope, "headers": headers}, receive, send))
+
+    assert sent[0]["status"] == (200 if stream else 499)
+    assert [(record.status, record.images) for record in records] == [(499, 8)]
+    wait_for_idle(service)
 
 
 def test_a_full_queue_answers_429_and_a_late_image_504(artifact: Path):
