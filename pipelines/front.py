@@ -4,7 +4,8 @@ Ray's proxy passes bodies on piece by piece, cuts the connection when a replica 
 and tells its own troubles as plain text. As a middleware of the proxy (`pipelines.proxy`) this
 module reads a body to its end, within limits of size and time, before any replica hears of the
 request; sends a request again when the replica died before it answered, which is safe because
-drawing changes nothing; gives errors OpenAI's shape; and reports what no replica could report.
+drawing changes nothing; lets go a client that reads no answer, because Ray would keep all that is
+drawn for it; gives errors OpenAI's shape; and reports what no replica could report.
 Without it the server works, but says such things less kindly.
 
 It lives in the proxy's process, so it imports no torch.
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 * 1024
 MAX_DRAINED_BYTES = 256 * 2**20
 BODY_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 30.0
+"""A client has this time to read a piece of an answer: a preview, or a finished image."""
 ATTEMPTS = 3
 PROBE_TIMEOUT_S = 3.0
 """A probe is answered within this time; other requests wait for a replica as Ray lets them."""
@@ -170,8 +173,8 @@ class Front:
             return False
         limit = PROBE_TIMEOUT_S if scope["path"] in OPEN_ROUTES else None
         for attempt in range(1, ATTEMPTS + 1):
-            trial = _Trial(body, receive, send)
             clock = asyncio.timeout(limit)
+            trial = _Trial(body, receive, send, clock)
             try:
                 async with clock:
                     await self.app(scope, trial.receive, trial.send)
@@ -202,9 +205,9 @@ class Front:
 class _Trial:
     """One attempt at a request: hands in the body, lets an answer of ours through."""
 
-    def __init__(self, body: bytes, receive: Receive, send: Send) -> None:
+    def __init__(self, body: bytes, receive: Receive, send: Send, clock: asyncio.Timeout) -> None:
         self._body: bytes | None = body
-        self._receive, self._send = receive, send
+        self._receive, self._send, self._clock = receive, send, clock
         self.client_left = False
         self.started = False
         """Whether the client has the beginning of an answer."""
@@ -227,9 +230,14 @@ class _Trial:
                 self.status = message["status"]
                 return
             self.started, self._streams = True, kind.startswith(b"text/event-stream")
-        if self.status is None:
+        if self.status is None and not self.client_left:
             self._ended = message["type"] == "http.response.body" and not message.get("more_body")
-            await self._send(message)
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await self._send(message)
+            except TimeoutError:
+                self.client_left = True
+                self._clock.reschedule(0)  # cancels the proxy's work, and so the replica's
 
     async def finish(self) -> bool:
         """Ends a stream that broke off with an event that says so; whether it was whole."""

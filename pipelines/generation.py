@@ -35,6 +35,10 @@ SEED_LIMIT = 2**63
 RANDOM_SEEDS = 2**32  # seeds that we pick: any JSON reader keeps them exact
 MAX_SIDE = 1024
 """Pixels; largest size that images are resized to."""
+MAX_PREVIEWS = 12
+"""Of one image; Ray keeps those that a client is slow to read."""
+MAX_PREVIEW_PIXELS = 2**26
+"""Of all previews of a request together."""
 
 
 class BadRequest(ValueError):
@@ -81,8 +85,9 @@ class ImageRequest(Config):
     """Class indices, one for all images or one for each, instead of a prompt."""
     stream: bool | None = None
     """Send server-sent events: previews, then each finished image."""
-    partial_images: int | None = Field(None, ge=0)
-    """Previews of each image while streaming; 3 by default, at most one a step."""
+    partial_images: int | None = Field(None, ge=0, le=MAX_PREVIEWS)
+    """Previews of each image while streaming; 3 by default, at most one a step, and fewer where
+    those of the whole request have more than 67 million pixels."""
     background: Literal["auto", "opaque", "transparent"] | None = None
     """Images are opaque."""
     moderation: str | None = None
@@ -275,7 +280,9 @@ def plan(
             "background is 'transparent': images are opaque; leave it out", "background"
         )
     scale = request.guidance_scale
-    previews = min(3 if request.partial_images is None else request.partial_images, steps)
+    side = _side(request.size, info.model.image_size, resize=config.resize)
+    asked = 3 if request.partial_images is None else request.partial_images
+    previews = min(asked, steps, MAX_PREVIEW_PIXELS // (len(labels) * side**2))
     return Plan(
         labels=tuple(labels),
         seed=secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed,
@@ -286,7 +293,7 @@ def plan(
             cfg_scale=info.sampler.cfg_scale if scale is None else scale,
             cfg_interval=(low, high),
         ),
-        side=_side(request.size, info.model.image_size, resize=config.resize),
+        side=side,
         precision=config.precision,
         linked=linked,
         output_format=request.output_format or "png",

@@ -33,6 +33,7 @@ from pipelines import api
 from pipelines.api import Live, Service, create_app
 from pipelines.config import ServeConfig
 from pipelines.engine import Engine
+from pipelines.generation import ImageRequest, plan
 from pipelines.guard import Key, digest_of, read_keys
 from pipelines.telemetry import RequestRecord
 
@@ -264,6 +265,18 @@ def test_a_server_that_resizes_makes_squares_of_the_size_that_was_asked_for(arti
             assert "resizes it to squares up to 1024x1024" in answer.json()["error"]["message"]
 
 
+def test_the_previews_of_a_request_are_fewer_where_they_are_many_and_large(service: Service):
+    def previews(n: int, size: str, asked: int) -> int:
+        config = service.config.model_copy(update={"resize": True, "max_images": 16})
+        wanted = ImageRequest(
+            prompt="0", n=n, size=size, partial_images=asked, num_inference_steps=250
+        )
+        return len(plan(wanted, config, service.info, service.classes).preview_steps)
+
+    assert previews(16, "512x512", 12) == previews(5, "1024x1024", 12) == 12
+    assert previews(16, "1024x1024", 12) == 4
+
+
 BAD = [
     ({"prompt": "tenhc"}, "prompt", 'did you mean "class:0" (tench, Tinca tinca)?'),
     ({"prompt": "crane"}, "prompt", '"class:1" (crane) or "class:2" (crane)'),
@@ -301,6 +314,7 @@ BAD = [
     ({"prompt": "0", "response_format": "file"}, "response_format", "'b64_json' or 'url'"),
     ({"prompt": "tench", "output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
     ({"prompt": "tench", "background": "transparent"}, "background", "images are opaque"),
+    ({"prompt": "0", "partial_images": 13}, "partial_images", "less than or equal to 12"),
     ({"prompt": "tench", "": 5}, "", "unknown parameter '': known are prompt"),
     ({"prompt": "tench", "steps": 5}, "steps", "unknown parameter 'steps': known are prompt"),
 ]

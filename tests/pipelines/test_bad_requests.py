@@ -135,7 +135,7 @@ CANNOT_BE_MET: list[dict[str, Any]] = [
             "guidance_interval": ([], [0.5], [0, 0], [0.5, 0.1], [-1, 2], [0, 1, 1], "0,1"),
             "solver": ("ddim", 7),
             "stream": ("true", 1),
-            "partial_images": (-1, "3"),
+            "partial_images": (-1, "3", 13, 10**9),
             "response_format": ("file", 1),
             "output_format": ("gif", "PNG"),
             "output_compression": (-1, 101),

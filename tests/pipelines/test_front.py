@@ -144,6 +144,39 @@ def test_a_client_that_left_is_not_served_again():
     assert calls == [1]
 
 
+def test_a_client_that_does_not_read_its_stream_is_let_go(monkeypatch: pytest.MonkeyPatch):
+    """Ray puts no back-pressure on a replica: what is drawn meanwhile would pile up."""
+    done: list[str] = []
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            for _ in range(100):
+                await send({"type": "http.response.body", "body": b"preview", "more_body": True})
+                await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            done.append("cancelled")
+            raise
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+        if len(sent) == 3:  # the socket is full from here on
+            await asyncio.sleep(60)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"{}"}
+
+    monkeypatch.setattr(front, "SEND_TIMEOUT_S", 0.05)
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(Front(proxy)(scope, receive, send))
+
+    assert done == ["cancelled"]
+    assert len(sent) == 3, "and nothing more was sent"
+
+
 def test_a_probe_hears_soon_that_no_replica_is_there(monkeypatch: pytest.MonkeyPatch):
     async def waits(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(60)
