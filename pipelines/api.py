@@ -117,6 +117,8 @@ class Health(BaseModel):
     artifact_sha256: str
     refused: str | None = None
     """Why the artifact that should have taken over was refused."""
+    wish: str
+    """Name of the last wish of `user_config` that was granted or refused."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ class Live:
         self.current = service
         self.refused: str | None = None
         """Why the last successor was refused."""
+        self.wish = ""
+        """Name of the last wish that was granted or refused."""
         self.kept = Kept()
 
     @property
@@ -520,7 +524,7 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
         refused = live.refused
         if refused is not None and live.service.keys:  # this route needs none
             refused = "the server's log says why an artifact was refused"
-        return Health(artifact_sha256=live.service.info.sha256, refused=refused)
+        return Health(artifact_sha256=live.service.info.sha256, refused=refused, wish=live.wish)
 
     describe = app.openapi
 

@@ -17,12 +17,16 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
 import copy
 import difflib
+import json
 import logging
 import time
 import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import yaml
 from pydantic import BaseModel
@@ -56,6 +60,10 @@ BESIDE_A_FILE = {"file", "address", "output", "deploy_timeout_s", "dry_run"}
 """Fields of the config that say something about a --file."""
 IMPORT_PATH = "pipelines.deploy:build"
 POLL_S = 1.0
+UNREACHED_S = 10.0
+"""Longest wait for the port of the server to open, which may be closed from here."""
+ANSWERS = 20
+"""That have to say the same before all replicas are taken to do so."""
 
 
 def run(config: DeployConfig) -> None:
@@ -242,15 +250,21 @@ def apply(document: dict[str, Any], config: DeployConfig) -> None:
     client = ServeSubmissionClient(config.address)
     found = ServeDeploySchema.model_validate(document)  # with what Ray takes for left-out keys
     check_running(client.get_serve_details(), found)
-    document = copy.deepcopy(document)
-    document["applications"][0]["deployments"][0]["user_config"]["wish"] = wish()
+    document, name = copy.deepcopy(document), wish()
+    document["applications"][0]["deployments"][0]["user_config"]["wish"] = name
     client.deploy_applications(document)
-    wait(lambda: client.get_serve_details()["applications"], config.deploy_timeout_s)
+    until = time.monotonic() + config.deploy_timeout_s
+    wait(lambda: client.get_serve_details()["applications"], until)
+    host, port = found.http_options.host, found.http_options.port
+    if not is_loopback(host):  # the dashboard's is the head node's, where a proxy listens too
+        host = urlsplit(config.address).hostname or host
+    served = wait_for_replicas(f"http://{f'[{host}]' if ':' in host else host}:{port}", name, until)
     logger.info(
-        "deployed: it listens on %s:%s of %s",
+        "deployed: it listens on %s:%s of %s%s",
         found.http_options.host,
-        found.http_options.port,
+        port,
         "every node" if found.proxy_location == "EveryNode" else "the head node",
+        f", and serves {served[:12]}" if served else "",
     )
 
 
@@ -284,13 +298,16 @@ def check_running(details: dict[str, Any], wanted: ServeDeploySchema) -> None:
         )
 
 
-def wait(applications: Callable[[], dict[str, Any]], timeout_s: float) -> None:
+def wait(applications: Callable[[], dict[str, Any]], until: float) -> None:
     """Waits until our application runs.
+
+    Args:
+        applications: asks Ray about them.
+        until: end of the wait, by the monotonic clock.
 
     Raises:
         RuntimeError: it failed, or the time is over; with what Ray says about it.
     """
-    until = time.monotonic() + timeout_s
     while True:
         found = applications().get(APP, {"status": "NOT_STARTED", "message": ""})
         if found["status"] == "RUNNING":
@@ -299,3 +316,50 @@ def wait(applications: Callable[[], dict[str, Any]], timeout_s: float) -> None:
         if late or found["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise RuntimeError(f"the cluster says {found['status']}: {found['message']}")
         time.sleep(POLL_S)
+
+
+def wait_for_replicas(url: str, name: str, until: float) -> str | None:
+    """Waits until the replicas that answer have granted or refused a wish, which Ray knows not.
+
+    Args:
+        url: where they are asked.
+        name: name of the wish.
+        until: end of the wait, by the monotonic clock.
+
+    Returns:
+        Digest of the artifact that is served; None where nobody is reached from here.
+
+    Raises:
+        RuntimeError: the artifact was refused, or the time is over.
+    """
+    granted, reached = 0, False
+    unreached = time.monotonic() + UNREACHED_S
+    while granted < ANSWERS:  # each comes from any of the replicas
+        try:
+            with urlopen(f"{url}/readyz", timeout=POLL_S) as answer:
+                said, reached = json.load(answer), True
+        except (OSError, ValueError) as error:
+            said, reached = {}, reached or isinstance(error, HTTPError)
+            if not reached and time.monotonic() > unreached:
+                logger.warning(
+                    "%s is not reached from here: GET /readyz there says whether the artifact was "
+                    "refused",
+                    url,
+                )
+                return None
+        if said.get("wish") == name:
+            if said["refused"] is not None:
+                raise RuntimeError(
+                    f"the artifact was refused and {said['artifact_sha256'][:12]} goes on: "
+                    f"{said['refused']}"
+                )
+            granted += 1
+            continue
+        granted = 0
+        if time.monotonic() > until:
+            raise RuntimeError(
+                f"the replicas at {url} have not answered within --deploy-timeout-s whether they "
+                f"serve it; /readyz said last: {said or 'nothing'}"
+            )
+        time.sleep(POLL_S)
+    return str(said["artifact_sha256"])

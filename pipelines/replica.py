@@ -105,6 +105,7 @@ class Server:
         if self.live.current is None:
             service, self.live.refused = await asyncio.to_thread(begin, self.config, wanted)
             self.take(service, wanted)
+            self.live.wish = wanted.wish
             if self.live.refused is not None:
                 self.meter.reloads.inc(tags={"result": "refused"})
             self.meter.watch(self.live)
@@ -127,7 +128,7 @@ class Server:
             if wanted is not self.wanted:
                 return  # another wish came meanwhile
             if wanted.artifact_sha256 == self.live.service.info.sha256:
-                self.live.refused = None
+                self.live.refused, self.live.wish = None, wanted.wish
                 logger.info(
                     "serving %s as before: the artifact is the same", wanted.artifact_sha256[:12]
                 )
@@ -135,7 +136,7 @@ class Server:
             try:
                 successor = await asyncio.to_thread(load, self.config, wanted)
             except Exception as error:  # whatever is wrong with it, the old one goes on
-                self.live.refused = f"{wanted.model}: {error}"
+                self.live.refused, self.live.wish = f"{wanted.model}: {error}", wanted.wish
                 self.meter.reloads.inc(tags={"result": "refused"})
                 logger.error(
                     "the new artifact is refused, the old one goes on with the keys of now: %s",
@@ -144,7 +145,7 @@ class Server:
                 return
             old = self.live.service
             self.take(successor, self.wanted)  # another wish may have come, with its keys
-            self.live.refused = None
+            self.live.refused, self.live.wish = None, wanted.wish
             self.meter.reloads.inc(tags={"result": "done"})
             logger.info("serving %s from now on", successor.info.sha256[:12])
         while old.engine.running or old.engine.waiting:  # nothing joins it any more

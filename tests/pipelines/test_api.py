@@ -386,7 +386,8 @@ def test_models_classes_and_health_can_be_asked(client: TestClient, artifact: Pa
     few = client.get("/v1/classes?limit=2").json()
     assert (len(few["data"]), few["total"]) == (2, 4)
 
-    health = {"status": "ok", "artifact_sha256": card["artifact_sha256"], "refused": None}
+    digest = card["artifact_sha256"]
+    health = {"status": "ok", "artifact_sha256": digest, "refused": None, "wish": ""}
     assert client.get("/healthz").json() == client.get("/readyz").json() == health
     for path in ("/healthz", "/readyz", "/"):
         assert (client.head(path).status_code, client.head(path).content) == (200, b"")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +150,11 @@ def test_keys_that_ray_has_defaults_for_may_be_left_out(
     del found["proxy_location"]
     del found["http_options"]["port"]
 
-    said = []
+    said: list[str] = []
+
+    def replicas(url: str, name: str, until: float) -> str:
+        assert (url, name) == ("http://127.0.0.1:8000", said[-1])
+        return "f" * 64
 
     class Client:
         """A cluster at which it runs at once."""
@@ -163,12 +170,50 @@ def test_keys_that_ray_has_defaults_for_may_be_left_out(
             return {"applications": {"jit": {"status": "RUNNING"}}}
 
     monkeypatch.setattr(deploy, "ServeSubmissionClient", Client)
+    monkeypatch.setattr(deploy, "wait_for_replicas", replicas)
     with caplog.at_level("INFO"):
         deploy.apply(found, DeployConfig())
         deploy.apply(found, DeployConfig())
 
     assert len(set(said)) == 2, "Ray passes on what is new only"
     assert "127.0.0.1:8000 of every node" in caplog.text
+
+
+def test_a_deployment_is_done_when_replicas_say_so_and_failed_when_one_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(deploy, "POLL_S", 0.05)
+    monkeypatch.setattr(deploy, "UNREACHED_S", 0.1)
+    health = {"status": "ok", "artifact_sha256": "a" * 64, "refused": None, "wish": "mine"}
+    before = health | {"wish": "another", "refused": "that was another one"}
+    answers: list[dict[str, Any]] = []
+
+    class Readyz(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = answers.pop(0) if len(answers) > 1 else answers[0]
+            self.send_response(200 if said else 503)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    def waited(*said: dict[str, Any]) -> str | None:
+        answers[:] = said
+        return deploy.wait_for_replicas(url, "mine", time.monotonic() + 1)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Readyz) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert waited({}, before, health, before, health) == "a" * 64
+        with pytest.raises(RuntimeError, match="refused and aaaaaaaaaaaa goes on: it is damaged"):
+            waited(before, health, health | {"refused": "it is damaged"})
+        with pytest.raises(RuntimeError, match="that was another one"):
+            waited(before)
+        server.shutdown()
+    with caplog.at_level("WARNING"):
+        assert waited() is None
+    assert "is not reached from here" in caplog.text
 
 
 def test_a_serve_that_listens_elsewhere_is_not_given_the_keys_of_another_address(
@@ -266,14 +311,19 @@ def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
         assert httpx.get(f"{url}/-/routes").status_code == 404
 
         second = make_artifact(artifact.parent / "second", "second one")
+        statuses, over = set(), threading.Event()
+
+        def probe() -> None:
+            while not over.wait(0.05):
+                statuses.add(httpx.get(f"{url}/readyz").status_code)
+
+        prober = threading.Thread(target=probe)
+        prober.start()
         assert main(["deploy", str(artifact.parent / "second"), *line]) == 0
-        until = time.monotonic() + 60
-        statuses = set()
-        while (answer := httpx.get(f"{url}/readyz")).json().get("artifact_sha256") != second.sha256:
-            statuses.add(answer.status_code)
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        assert statuses <= {200}, "it answered all the time"
+        over.set()
+        prober.join()
+        assert httpx.get(f"{url}/readyz").json()["artifact_sha256"] == second.sha256
+        assert statuses == {200}, "it answered all the time"
 
         assert main(["deploy", str(artifact), *line[:2], "--port", "1"]) == 2
         assert f"port {port} instead of 1" in capsys.readouterr().err
