@@ -547,7 +547,8 @@ class ServeConfig(StageConfig):
     """torch.compile the network for four batch sizes, each of them before the server is ready: for
     GPUs; on a CPU it takes minutes and wins little."""
     keys_file: str = ""
-    """File of API keys, `KEY [CONCURRENT]` a line, besides those in the environment JIT_API_KEY."""
+    """File of API keys, `KEY [CONCURRENT]` a line, besides those in the environment JIT_API_KEY;
+    CONCURRENT is key_concurrency for this key."""
     key_concurrency: PositiveInt = 16
     """Image requests that one key may have in work at once, on each replica."""
     replicas: PositiveInt = 1
