@@ -31,8 +31,9 @@ from pipelines.config import ServeConfig
 from pipelines.engine import Drawing, Drawn
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-SEED_LIMIT = 2**63
+SEED_LIMIT, INDEX_LIMIT = 2**63, 2**62
 RANDOM_SEEDS = 2**32  # seeds that we pick: any JSON reader keeps them exact
+MAX_GUIDANCE = 100.0
 MAX_SIDE = 1024
 """Pixels; largest size that images are resized to."""
 MAX_PREVIEWS = 12
@@ -70,12 +71,12 @@ class ImageRequest(Config):
     """Quality of jpeg and webp; 100 by default, which is lossless for webp."""
     seed: int | None = Field(None, ge=0, lt=SEED_LIMIT)
     """Seed of the start noise; a random one by default, which the answer tells."""
-    index: int = Field(0, ge=0, lt=SEED_LIMIT // 2)
+    index: int = Field(0, ge=0, lt=INDEX_LIMIT)
     """Index of the first image below the seed; image k of the request has index + k."""
     num_inference_steps: int | None = Field(None, ge=1)
     """Steps from noise to image; by default as the artifact recommends, like the next three, or
     the most that the server allows."""
-    guidance_scale: float | None = Field(None, ge=0, le=100)
+    guidance_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE)
     """Guidance weight; 1 turns guidance off."""
     guidance_interval: list[float] | None = Field(None, min_length=2, max_length=2)
     """Open interval of time, in 0..1, in which guidance applies; 0 is noise."""
@@ -280,6 +281,12 @@ def plan(
             "background is 'transparent': images are opaque; leave it out", "background"
         )
     scale = request.guidance_scale
+    if request.index + len(labels) > INDEX_LIMIT:
+        raise BadRequest(
+            f"index is {request.index}: with n {len(labels)} it should be at most "
+            f"{INDEX_LIMIT - len(labels)}",
+            "index",
+        )
     side = _side(request.size, info.model.image_size, resize=config.resize)
     asked = 3 if request.partial_images is None else request.partial_images
     previews = min(asked, steps, MAX_PREVIEW_PIXELS // (len(labels) * side**2))

@@ -45,6 +45,7 @@ from pipelines.api import Live, Service, create_app
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
 from pipelines.engine import Drawing, Engine, EngineFailed, few_sizes
+from pipelines.generation import MAX_GUIDANCE
 from pipelines.guard import QUEUE_FULL, Key
 from pipelines.proxy import Tally
 from pipelines.telemetry import RequestRecord
@@ -197,6 +198,11 @@ def opened(uri: str, artifact_sha256: str = "") -> tuple[Path, ArtifactInfo]:
         )
     if info.model.in_channels not in (1, 3):
         raise ValueError(f"{uri} draws {info.model.in_channels} channels: a picture has 1 or 3")
+    if info.sampler.cfg_scale > MAX_GUIDANCE:
+        raise ValueError(
+            f"{uri} recommends guidance {info.sampler.cfg_scale:g}, but images are drawn with "
+            f"{MAX_GUIDANCE:g} at most: change sampler.cfg_scale in its {CONFIG}"
+        )
     ClassIndex(info.classes, info.model.num_classes)
     return folder, info
 

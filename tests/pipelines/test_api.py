@@ -314,6 +314,7 @@ BAD = [
     ({"prompt": "0", "response_format": "file"}, "response_format", "'b64_json' or 'url'"),
     ({"prompt": "tench", "output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
     ({"prompt": "tench", "background": "transparent"}, "background", "images are opaque"),
+    ({"prompt": "0", "n": 2, "index": 2**62 - 1}, "index", f"it should be at most {2**62 - 2}"),
     ({"prompt": "0", "partial_images": 13}, "partial_images", "less than or equal to 12"),
     ({"prompt": "tench", "": 5}, "", "unknown parameter '': known are prompt"),
     ({"prompt": "tench", "steps": 5}, "steps", "unknown parameter 'steps': known are prompt"),

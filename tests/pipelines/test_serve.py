@@ -95,6 +95,11 @@ def test_a_damaged_artifact_is_refused_before_anything_starts(
     config.write_text(text.replace('"name": "boot"', '"title": "boot"'))
     assert "is not the config of an artifact" in error_of(capsys, str(artifact))
 
+    config.write_text(text.replace('"cfg_scale": 1.5', '"cfg_scale": 101.0'))
+    assert "recommends guidance 101, but images are drawn with 100" in error_of(
+        capsys, str(artifact)
+    )
+
     config.write_text(re.sub('"weights_sha256": ".*?"', '"weights_sha256": ""', text))
     assert "holds no weights_sha256" in error_of(capsys, str(artifact))
 
