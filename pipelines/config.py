@@ -574,6 +574,11 @@ class ServeConfig(StageConfig):
             raise ValueError(
                 f"max_replicas {self.max_replicas} is less than replicas {self.replicas}"
             )
+        if self.port and self.port == self.metrics_port:
+            raise ValueError(
+                f"port and metrics_port are both {self.port}: they need a port each; leave "
+                "metrics_port out for a free one"
+            )
         return self
 
 

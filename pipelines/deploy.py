@@ -19,6 +19,7 @@ import copy
 import difflib
 import json
 import logging
+import math
 import time
 import typing
 from collections.abc import Callable, Collection
@@ -36,6 +37,7 @@ from ray.runtime_env import RuntimeEnv
 from ray.serve import Application
 from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
+from pipelines.api import GRACE_S
 from pipelines.config import DeployConfig, ServeConfig
 from pipelines.guard import is_loopback
 from pipelines.replica import Server, Wanted, opened, wish
@@ -44,6 +46,7 @@ from pipelines.serve import (
     DEPLOYMENT,
     ENVIRONMENT,
     MAX_ONGOING_REQUESTS,
+    MAX_QUEUED_REQUESTS,
     check,
     http_options,
     options,
@@ -100,7 +103,13 @@ def run(config: DeployConfig) -> None:
         document = document_of(config)
     text = yaml.safe_dump(document, sort_keys=False)
     if config.output and not config.dry_run:
-        Path(config.output).write_text(text, encoding="utf-8")
+        try:
+            Path(config.output).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"cannot write --output {config.output} ({error.strerror}): name a file in a "
+                "folder that is there"
+            ) from error
         logger.info("written to %s", config.output)
     if config.dry_run:
         print(text)
@@ -184,6 +193,19 @@ def check_document(document: Any, where: str) -> None:
         )
     (deployment,) = application.deployments
     known = config.slots + config.max_queue
+    if "max_queued_requests" not in deployment.model_fields_set or (
+        deployment.max_queued_requests < 1
+    ):
+        raise ValueError(
+            f"{where}: max_queued_requests must be 1 or more, or any number of requests waits "
+            f"while no replica is there: `jit deploy` writes {MAX_QUEUED_REQUESTS}"
+        )
+    if not 0 < (found.http_options.request_timeout_s or 0) < math.inf:
+        raise ValueError(
+            f"{where}: http_options.request_timeout_s is {found.http_options.request_timeout_s}: "
+            "a request that hangs would wait for ever; `jit deploy` writes "
+            f"{config.timeout_s + 3 * GRACE_S:g}"
+        )
     # left out, it is Ray's own default, which is less than any queue
     if "max_ongoing_requests" not in deployment.model_fields_set or (
         deployment.max_ongoing_requests < known

@@ -62,10 +62,19 @@ def read_keys(file: str, concurrent: int) -> tuple[Key, ...]:
     if file:
         before = len(given)
         try:
-            lines = Path(file).read_text("utf-8").splitlines()
+            lines = Path(file).read_text("utf-8-sig").splitlines()
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"there is no file of keys at {file}: see --keys-file"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"cannot read --keys-file {file} ({error.strerror}): name a file that holds "
+                "`KEY [CONCURRENT]` a line"
+            ) from error
+        except UnicodeDecodeError:  # whose text would repeat a part of a key
+            raise ValueError(
+                f"--keys-file {file} is not UTF-8: keys are printable ASCII, save it as such"
             ) from None
         for number, line in enumerate(lines, 1):
             words = line.split()

@@ -77,6 +77,7 @@ def run(config: ServeConfig) -> None:
     """
     info = check(config)
     if config.dry_run:
+        free_port(config)
         print(config.model_dump_json(indent=2))
         print(f"would serve {describe(info)} at {url_of(config)}")
         return
@@ -106,8 +107,9 @@ def serving(config: ServeConfig) -> Iterator[str]:
         ValueError, FileNotFoundError: as `run`.
     """
     info = check(config)
+    free = free_port(config)
     if not config.port:
-        config = config.model_copy(update={"port": free_port(config)})
+        config = config.model_copy(update={"port": free})
     check_port(config.host, config.port, "--port")
     if config.metrics_port:
         check_port("", config.metrics_port, "--metrics-port")
@@ -312,8 +314,18 @@ def check_port(host: str, port: int, option: str) -> None:
 
 
 def free_port(config: ServeConfig) -> int:
-    """A port of the host that nobody listens on."""
-    return bound_port(config.host, 0)
+    """A port of the host that nobody listens on.
+
+    Raises:
+        ValueError: the host is no address of this machine.
+    """
+    try:
+        return bound_port(config.host, 0)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on --host {config.host} ({error.strerror}): name an address of this "
+            "machine, such as 127.0.0.1"
+        ) from error
 
 
 def bound_port(host: str, port: int) -> int:

@@ -597,6 +597,14 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
         with pytest.raises(ValueError, match=r"line 1 of .* should be a key") as error:
             read_keys(str(file), 7)
         assert "three" not in str(error.value)
+    file.write_text("\ufefffive\n", encoding="utf-8")  # as some editors save it
+    assert read_keys(str(file), 7)[-1].sha256 == digest_of(b"five")
+    file.write_bytes("six\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"--keys-file .*keys is not UTF-8") as error:
+        read_keys(str(file), 7)
+    assert "six" not in str(error.value)
+    with pytest.raises(ValueError, match=r"cannot read --keys-file .* \(Is a directory\)"):
+        read_keys(str(tmp_path), 7)
     with pytest.raises(FileNotFoundError, match="no file of keys"):
         read_keys(str(tmp_path / "none"), 7)
     monkeypatch.delenv("JIT_API_KEY")

@@ -125,6 +125,13 @@ def test_a_config_that_ray_would_misread_is_refused(
         assert "max_ongoing_requests must be 72 or more" in error(
             *deployment, "max_ongoing_requests", value=limit
         )
+    assert "max_queued_requests must be 1 or more" in error(
+        *deployment, "max_queued_requests", value=-1
+    )
+    assert "`jit deploy` writes 135" in error("http_options", "request_timeout_s", value=None)
+    nowhere = str(tmp_path / "none" / "serve.yaml")
+    said = error_of(capsys, str(artifact), "--output", nowhere)
+    assert f"cannot write --output {nowhere} (No such file or directory)" in said
     assert "go by whole paths" in error("applications", 0, "route_prefix", value="/api")
     assert "go by whole paths" in error("http_options", "root_path", value="/api")
     functions = {"port": 9000, "grpc_servicer_functions": ["a.b"]}

@@ -138,8 +138,8 @@ def test_a_dry_run_prints_the_config_and_the_artifact(
     assert "8x8, 3 classes" in said
 
 
-def test_a_port_in_use_and_a_request_that_never_fits_are_refused(
-    artifact: Path, capsys: pytest.CaptureFixture[str]
+def test_an_address_in_use_and_a_request_that_never_fits_are_refused(
+    artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -151,6 +151,13 @@ def test_a_port_in_use_and_a_request_that_never_fits_are_refused(
         assert "choose another --metrics-port" in error_of(
             capsys, str(artifact), "--port", "0", "--metrics-port", port
         )
+    # an address that is no machine's
+    line = (str(artifact), "--host", "192.0.2.77")
+    monkeypatch.setenv("JIT_API_KEY", "one")
+    for more in ((), ("--dry-run",), ("--port", "0")):
+        assert "cannot listen on --host 192.0.2.77" in error_of(capsys, *line, *more)
+    both = error_of(capsys, str(artifact), "--port", "8123", "--metrics-port", "8123")
+    assert "port and metrics_port are both 8123" in both
     with pytest.raises(ValueError, match="max_images 16 exceeds slots 8 \\+ max_queue 4"):
         ServeConfig(max_queue=4)
 
