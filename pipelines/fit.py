@@ -334,7 +334,7 @@ def early_stop(config: TrainConfig) -> str:
     if not config.validation.patience:
         return ""
     try:
-        found = validation.scores(run_uri(config), config.validation)
+        found = validation.scores(run_uri(config), config.validation, config.sampler)
     except OSError as error:
         logger.warning("scores cannot be read, training goes on: %s", error)
         return ""
@@ -346,7 +346,7 @@ def without_score(config: TrainConfig) -> list[str]:
     if not config.validation.reference:
         return []
     run = run_uri(config)
-    judged = {score.step for score in validation.scores(run, config.validation)}
+    judged = {score.step for score in validation.scores(run, config.validation, config.sampler)}
     there = checkpoints.complete(run)
     return [there[step] for step in sorted(there, reverse=True) if step not in judged]
 
@@ -363,15 +363,18 @@ def look_at(
 
 
 def kept_steps(config: TrainConfig, steps: list[int]) -> set[int]:
-    """Checkpoints that stay: the newest ones, each n-th that the schedule made, the best ones."""
+    """Checkpoints that stay: the newest ones, each n-th that the schedule made, the best ones and
+    the one that is being judged."""
     stay = set(steps[-config.keep_checkpoints :])
     if config.keep_every:
         every = config.keep_every * config.checkpoint_every_images
         batch = config.global_batch
         stay |= {step for step in steps if step * batch // every > (step - 1) * batch // every}
     if config.validation.reference:
-        found = validation.scores(run_uri(config), config.validation)
-        stay |= {score.step for score in validation.best(found, config.validation.keep_best)}
+        found = validation.scores(run_uri(config), config.validation, config.sampler)
+        there = [score for score in found if score.step in steps]
+        stay |= {score.step for score in validation.best(there, config.validation.keep_best)}
+        stay |= validation.judged_now(run_uri(config)) & set(steps)
     return stay
 
 

@@ -146,7 +146,7 @@ class FailuresInARow(DefaultFailurePolicy):
 
     def __init__(self, failure_config: Any, run: str) -> None:
         super().__init__(failure_config)
-        self.run, self.seen = run, 0
+        self.run, self.seen = run, checkpoints.latest_images(run)
 
     def make_decision(self, training_failed_error: Any) -> Any:
         """Whether to start the workers again."""
@@ -408,7 +408,7 @@ def plan(config: TrainConfig, manifest: Manifest, start: Checkpoint | None) -> s
 
 def best_of(config: TrainConfig) -> str:
     """The checkpoint that a run which stopped early is about, for the end of a sentence."""
-    found = validation.scores(run_uri(config), config.validation)
+    found = validation.scores(run_uri(config), config.validation, config.sampler)
     there = checkpoints.complete(run_uri(config))
     kept = [score for score in found if score.step in there]
     if not kept:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "validations"
 NAME = re.compile(r"step_(\d{8,})\.json")
+JUDGED_NOW = "judging.json"
 
 
 class Score(Config):
@@ -46,9 +47,10 @@ class Score(Config):
     """What two scores must share to be compared."""
 
 
-def identity(config: ValidationConfig) -> dict[str, Any]:
-    """What decides a score besides the checkpoint."""
-    return config.model_dump(mode="json", exclude={"keep_best", "patience"})
+def identity(config: ValidationConfig, sampler: SamplerConfig) -> dict[str, Any]:
+    """What decides a score besides the weights."""
+    chosen = config.model_dump(mode="json", exclude={"keep_best", "patience"})
+    return chosen | {"sampler": sampler.model_dump(mode="json")}
 
 
 def check(config: TrainConfig, manifest: Manifest) -> None:
@@ -89,15 +91,30 @@ def _plan(
 def validate(uri: str, config: ValidationConfig, device: torch.device) -> Score:
     """Judge a checkpoint and write its score, unless it has one.
 
+    For as long as that takes, the run folder says which one it is, and training keeps it.
+
     Raises:
         FileNotFoundError: the checkpoint, the reference or the extractor is not there.
         ValueError: an image is not finite.
     """
     run, _, name = uri.rpartition(f"/{checkpoints.FOLDER}/")
     step = int(name.removeprefix("step_"))
-    known = [score for score in scores(run, config) if score.step == step]
+    sampler = SamplerConfig.model_validate(checkpoints.find(uri).meta.config["sampler"])
+    known = [score for score in scores(run, config, sampler) if score.step == step]
     if known:
         return known[0]
+    mark = storage.join(run, FOLDER, JUDGED_NOW)
+    storage.write_json(mark, {"step": step})
+    try:
+        score = _judge(uri, step, config, device)
+        storage.write_json(storage.join(run, FOLDER, f"{name}.json"), score.model_dump(mode="json"))
+    finally:
+        storage.delete(mark)
+    return score
+
+
+def _judge(uri: str, step: int, config: ValidationConfig, device: torch.device) -> Score:
+    """The score of a checkpoint."""
     source = find_model(uri, config.ema)
     model = load_model(source, device)
     extractor = get_extractor(config.extractor, config.weights, device)
@@ -107,15 +124,21 @@ def validate(uri: str, config: ValidationConfig, device: torch.device) -> Score:
     parts = [draw(model, extractor, plan, chunk, device)[0] for chunk in range(plan.num_chunks)]
     drawn = Moments.of(np.concatenate([part.features for part in parts]))
     real = read_reference(config.reference).real.pooled
-    score = Score(
+    return Score(
         step=step,
         images_seen=source.info.images_seen,
         metric=f"{extractor.identity.distance}-{config.num_images}",
         value=frechet_distance(drawn.mean, drawn.covariance, real.mean, real.covariance),
-        identity=identity(config),
+        identity=identity(config, source.info.sampler),
     )
-    storage.write_json(storage.join(run, FOLDER, f"{name}.json"), score.model_dump(mode="json"))
-    return score
+
+
+def judged_now(run: str) -> set[int]:
+    """Step of the checkpoint that is being judged, or was when its judge was killed."""
+    try:
+        return {int(storage.read_json(storage.join(run, FOLDER, JUDGED_NOW))["step"])}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return set()
 
 
 class JudgeDied(RuntimeError):
@@ -159,8 +182,8 @@ def _tell(there: Connection, uri: str, config: ValidationConfig) -> None:
         there.send(error)
 
 
-def scores(run: str, config: ValidationConfig) -> list[Score]:
-    """Scores of a run that were computed as this config says, in the order of images seen.
+def scores(run: str, config: ValidationConfig, sampler: SamplerConfig) -> list[Score]:
+    """Scores of a run that were computed so, in the order of images seen.
 
     A damaged one is left out, with a warning: its checkpoint counts as not judged.
     """
@@ -175,7 +198,7 @@ def scores(run: str, config: ValidationConfig) -> list[Score]:
             read.append(Score.model_validate(storage.read_json(uri)))
         except ValueError as error:
             logger.warning("the score %s is damaged, and ignored: %s", uri, error)
-    same = [score for score in read if score.identity == identity(config)]
+    same = [score for score in read if score.identity == identity(config, sampler)]
     return sorted(same, key=lambda score: score.images_seen)
 
 

@@ -129,6 +129,9 @@ def test_failures_end_a_run_when_nothing_was_gained_between_them(tmp_path):
         storage.write_json(str(tmp_path / "latest.json"), latest.model_dump())
         assert [fails(), fails()] == [False, False]
     assert fails()
+    # A run that goes on has gained nothing yet.
+    policy = train.FailuresInARow(ray.train.FailureConfig(max_failures=2), str(tmp_path))
+    assert [fails(), fails(), fails()] == [False, False, True]
 
 
 @pytest.mark.ray

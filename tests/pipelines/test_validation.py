@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from jitmodel.config import SamplerConfig
 from pipelines import checkpoints, storage, train, validation
 from pipelines.config import TrainConfig, ValidationConfig
 from pipelines.features import get_extractor
-from pipelines.fit import LocalContext, fit
+from pipelines.fit import LocalContext, fit, kept_steps
 from pipelines.reference import DatasetImages, ReferenceIdentity, extract, write_reference
 from pipelines.shards import read_manifest
 from pipelines.validation import Score, best, identity, scores, validate, verdict
@@ -21,14 +22,19 @@ from tests.pipelines.runs import config_for, run_on_ranks
 from tests.processes import descendants
 
 JUDGED = {"reference": "a-file", "ema": 0.9, "patience": 2, "keep_best": 1}
+SAMPLER = SamplerConfig(steps=2)
+"""That of config_for."""
 FALLS_AND_RISES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 2.0}
 """Distances by step. That of step 8 ends a run of patience 2 before step 10 is stored."""
 
 
-def write_score(run: str, config: ValidationConfig, step: int, value: float) -> None:
+def write_score(
+    run: str, config: ValidationConfig, step: int, value: float, sampler: SamplerConfig = SAMPLER
+) -> None:
     score = Score(
-        step=step, images_seen=16 * step, metric="FD-x-10", value=value, identity=identity(config)
-    )
+        step=step, images_seen=16 * step, metric="FD-x-10", value=value,
+        identity=identity(config, sampler),
+    )  # fmt: skip
     uri = storage.join(run, validation.FOLDER, f"step_{step:08d}.json")
     storage.write_json(uri, score.model_dump(mode="json"))
 
@@ -75,6 +81,57 @@ def test_training_stops_when_the_distance_rises_and_the_best_checkpoint_stays(
     assert steps(patient) == [4, 10]  # the newest one is judged after it is stored
 
 
+class SlowJudge(LocalContext):
+    """Judges one checkpoint at a time, as Ray does, each for as long as three more take."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config, self.waiting, self.left = config, list[str](), 0
+        self.mark = Path(config.storage, config.name, validation.FOLDER, validation.JUDGED_NOW)
+
+    def report(self, metrics: dict, checkpoint: str) -> None:
+        self.waiting.append(checkpoint)
+        if self.left:
+            self.left -= 1
+            if not self.left:
+                run, _, name = self.waiting[0].rpartition("/checkpoints/")
+                step = int(name.removeprefix("step_"))
+                assert storage.exists(self.waiting.pop(0)), "deleted while it was judged"
+                write_score(run, self.config.validation, step, abs(step - 11) + 1.0)
+                self.mark.unlink()
+        if not self.left:
+            while not storage.exists(self.waiting[0]):
+                self.waiting.pop(0)
+            self.left = 3
+            self.mark.parent.mkdir(exist_ok=True)
+            self.mark.write_text(json.dumps({"step": int(self.waiting[0][-8:])}))
+
+
+def test_a_judge_slower_than_checkpoints_finds_what_it_judges_and_the_best_one_stays(
+    tiny_dataset, tmp_path
+):
+    config = config_for(
+        tiny_dataset, tmp_path, validation=JUDGED, keep_checkpoints=2, total_images=640,
+        checkpoint_every_images=16,
+    )  # fmt: skip
+
+    assert "FD-x-10 was" in fit(config, SlowJudge(config)).stopped
+
+    found = validation.scores(str(tmp_path / "run"), config.validation, config.sampler)
+    (least,) = best(found, 1)
+    assert len(found) > 3
+    assert least.step in steps(config)
+    assert f"step_{least.step:08d}" in train.best_of(config)
+
+
+def test_scores_of_checkpoints_that_are_gone_hold_no_place_among_the_best(tiny_dataset, tmp_path):
+    config = config_for(tiny_dataset, tmp_path, validation=JUDGED, keep_checkpoints=1)
+    for step, value in ((1, 1.0), (5, 2.0)):
+        write_score(str(tmp_path / "run"), config.validation, step, value)
+
+    assert kept_steps(config, [5, 6, 7]) == {5, 7}
+
+
 def test_all_ranks_stop_at_the_same_step_although_one_reads_the_scores(
     tiny_dataset, tmp_path, free_port
 ):
@@ -86,7 +143,7 @@ def report(self, metrics, checkpoint):
     if rank == 0:
         step = int(checkpoint[-8:])
         score = Score(step=step, images_seen=16 * step, metric="FD", value={FALLS_AND_RISES}[step],
-                      identity=identity(config.validation))
+                      identity=identity(config.validation, config.sampler))
         uri = checkpoint.replace("checkpoints", "validations") + ".json"
         storage.write_json(uri, score.model_dump(mode="json"))
 LocalContext.report = report
@@ -120,7 +177,7 @@ def test_a_checkpoint_without_a_score_is_reported_again_after_a_restart(tiny_dat
 def test_the_best_checkpoint_of_a_run_that_stopped_is_named_with_its_export(tiny_dataset, tmp_path):
     config = config_for(tiny_dataset, tmp_path, validation=JUDGED, total_images=64)
     fit(config, Judge(config))
-    found = validation.scores(str(tmp_path / "run"), config.validation)
+    found = validation.scores(str(tmp_path / "run"), config.validation, config.sampler)
     least = min(found, key=lambda score: score.value)
 
     said = train.best_of(config)
@@ -132,11 +189,12 @@ def test_scores_of_another_validation_do_not_count(tmp_path):
     config = ValidationConfig.model_validate(JUDGED)
     write_score(str(tmp_path), config, 2, 1.0)
     write_score(str(tmp_path), config.model_copy(update={"num_images": 10}), 4, 0.1)
+    write_score(str(tmp_path), config, 6, 0.1, SamplerConfig(steps=2, cfg_scale=4.0))
     (tmp_path / "validations/notes.txt").write_text("hello")
 
-    assert [score.step for score in scores(str(tmp_path), config)] == [2]
+    assert [score.step for score in scores(str(tmp_path), config, SAMPLER)] == [2]
     more = config.model_copy(update={"patience": 9, "keep_best": 3})  # no other question
-    assert [score.step for score in scores(str(tmp_path), more)] == [2]
+    assert [score.step for score in scores(str(tmp_path), more, SAMPLER)] == [2]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": 4}', "\xff"])
@@ -146,7 +204,7 @@ def test_a_damaged_score_is_ignored_with_a_warning(tmp_path, caplog, content):
     damaged = tmp_path / "validations/step_00000004.json"
     damaged.write_text(content, "latin-1")
 
-    assert [score.step for score in scores(str(tmp_path), config)] == [2]
+    assert [score.step for score in scores(str(tmp_path), config, SAMPLER)] == [2]
 
     assert f"the score {damaged} is damaged, and ignored" in caplog.text
 
@@ -208,7 +266,7 @@ def test_ray_judges_checkpoints_on_a_worker_of_their_own_while_training_goes_on(
     train.run(config)
 
     run = str(tmp_path / "run")
-    found = scores(run, config.validation)
+    found = scores(run, config.validation, config.sampler)
     assert [score.step for score in found] == [4, 8, 10]
     assert {score.metric for score in found} == {"FD-efflite0-20"}
     assert not (tmp_path / "run/ray").exists()
@@ -217,6 +275,7 @@ def test_ray_judges_checkpoints_on_a_worker_of_their_own_while_training_goes_on(
     Path(run, "validations/step_00000010.json").unlink()
     again = validate(uri, config.validation, torch.device("cpu"))
     assert again.value == pytest.approx(found[-1].value, rel=1e-4)
+    assert not Path(run, "validations", validation.JUDGED_NOW).exists()
     assert json.loads(Path(run, "validations/step_00000010.json").read_text())["step"] == 10
 
 
