@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
 ADDRESS = "http://127.0.0.1:8265"
 CHECKOUT = Path(__file__).resolve().parent.parent
-CREDENTIALS = re.compile(r"://[^/]*@|[?&](secret_key|session_token|X-Amz-\w+)=", re.IGNORECASE)
-"""In an argument: what must not travel with a job."""
+CREDENTIALS = re.compile(
+    r"://?[^/]*(:.*)?@|"  # a password may hold a slash
+    r"[?&]((\w*_)?(access_key|secret_key|access_key_id|token|password)|endpoint_override|"
+    r"Signature|AWSAccessKeyId|X-Amz-[\w-]+)=",
+    re.IGNORECASE | re.DOTALL,
+)
+"""In an argument: what must not travel with a job. pipelines.storage refuses the same in a URI."""
 CODE = ("jitmodel", "pipelines", "cluster")
 
 

@@ -12,6 +12,7 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 
 from cluster import submit
+from tests import uris
 
 HEAD = """
 import os, sys, ray
@@ -56,13 +57,19 @@ def test_an_installed_package_without_its_checkout_sends_no_code(tmp_path: Path)
     assert submit.job_environment(tmp_path) == {}
 
 
-@pytest.mark.parametrize(
-    "uri", ["s3://key:secret@bucket/x", "--source=s3://bucket/x?secret_key=s", "s3://k@b/x"]
-)
+@pytest.mark.parametrize("uri", uris.WITH_CREDENTIALS)
 def test_a_uri_with_credentials_does_not_become_a_job(uri: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit, match="2"):
-        submit.run(["--dry-run", "prepare", "--source", uri])
-    assert "credentials" in capsys.readouterr().err
+    for words in (["--source", uri], [f"--source={uri}"]):
+        with pytest.raises(SystemExit, match="2"):
+            submit.run(["--dry-run", "prepare", *words])
+        shown = "".join(capsys.readouterr())
+        assert "credentials" in shown
+        assert "SECRET" not in shown
+
+
+@pytest.mark.parametrize("uri", uris.WITHOUT)
+def test_an_odd_name_is_no_credential(uri: str):
+    assert submit.run(["--dry-run", "prepare", "--source", uri]) == 0
 
 
 def test_a_dry_run_says_what_would_be_sent(capsys: pytest.CaptureFixture[str]):
