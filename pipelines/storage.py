@@ -84,6 +84,8 @@ _OPTIONS = re.compile(
     r"Signature|AWSAccessKeyId|X-Amz-[\w-]+)=",
     re.IGNORECASE,
 )
+_ELSEWHERE = re.compile(r"\w+:/+|.*?://", re.DOTALL)
+"""Start of a URI of another kind, and of one with a slash too few."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
@@ -129,11 +131,9 @@ def local_path(uri: str) -> Path | None:
     if uri.startswith(S3):
         _bucket_key(uri)
         return None
-    if "://" in uri:  # perhaps with a password, or signed: not all of it goes into a log
-        scheme, _, rest = uri.partition("://")
-        host = rest.partition("/")[0].rpartition("@")[2]
+    if elsewhere := _ELSEWHERE.match(uri):  # perhaps with a password: the rest stays unsaid
         raise ValueError(
-            f"cannot open {scheme}://{host}/...: expected a path, file:///path or s3://bucket/key"
+            f"cannot open {elsewhere[0]}...: expected a path, file:///path or s3://bucket/key"
         )
     return Path(uri)
 
