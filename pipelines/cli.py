@@ -105,6 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
+    for given in argv:
+        try:
+            given.encode()
+        except UnicodeEncodeError:  # configs become JSON and YAML, which are
+            shown = os.fsencode(given).decode("utf-8", "backslashreplace")
+            print(f"error: {shown} is not UTF-8: rename it, or link to it", file=sys.stderr)
+            return 2
     word, *rest = argv
     if word not in STAGES and word != "submit":
         print(f"error: unknown stage {word!r}\n\n{usage()}", file=sys.stderr)

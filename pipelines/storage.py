@@ -139,9 +139,19 @@ def local_path(uri: str) -> Path | None:
 
 
 def absolute(uri: str) -> str:
-    """The URI that means the same in every process of this machine, whatever its folder is."""
+    """The URI that means the same in every process of this machine, whatever its folder is.
+
+    Raises:
+        ValueError: the path is not UTF-8, as by the current folder; no file of ours could name it.
+    """
     path = local_path(uri)
-    return uri.rstrip("/") if path is None else str(path.absolute())
+    found = uri.rstrip("/") if path is None else str(path.absolute())
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(found).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{shown} is not UTF-8: rename it, or link to it") from error
+    return found
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:

@@ -263,6 +263,17 @@ def test_a_file_uri_is_a_path_with_escapes(tmp_path: Path) -> None:
     assert storage.read_bytes(storage.join(f"file://{tmp_path}/a%20b", "x%")) == b"1"
 
 
+def test_a_path_in_a_current_folder_that_is_not_utf8_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert storage.absolute(f"{tmp_path}/ä") == f"{tmp_path}/ä"
+    odd = tmp_path / os.fsdecode(b"odd\xff")
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    with pytest.raises(ValueError, match=r"/odd\\xff/below is not UTF-8: rename it"):
+        storage.absolute("below")
+
+
 def test_a_store_that_fails_now_and_then_is_asked_again(
     faulty_store: Any, faulty_environment: dict[str, str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
