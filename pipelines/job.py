@@ -499,4 +499,5 @@ def _publish(
         for left in storage.list_folder(place)[1]:  # by whoever was killed while writing
             if left.relative.startswith(storage.TEMPORARY):
                 storage.delete(left.uri)
+    storage.end_uploads(storage.join(folder, "data"))
     storage.write_json(storage.join(folder, shards.MANIFEST), manifest.model_dump())

@@ -473,6 +473,35 @@ def delete(uri: str) -> None:
     with ThreadPoolExecutor(DELETIONS) as pool:  # one request for many is not known to every store
         for _ in pool.map(functools.partial(_send, uri), requests):
             pass
+    end_uploads(uri)
+
+
+def end_uploads(uri: str) -> None:
+    """Discard the parts that a killed writer sent of files at or below a URI on S3.
+
+    The store keeps them, and bills them, unseen. For whoever is the only writer there: an upload
+    that still goes on ends, too. A store that does not let us look is left as it is.
+    """
+    if local_path(uri) is not None:
+        return
+    bucket, key = _bucket_key(uri)
+    folder = f"{key.rstrip('/')}/"
+    request = {"Bucket": bucket, "Prefix": key.rstrip("/")}
+    try:
+        while True:
+            page = _send(uri, functools.partial(_client().list_multipart_uploads, **request))
+            for found in page.get("Uploads", ()):
+                if found["Key"] == key or found["Key"].startswith(folder):
+                    which = {"Key": found["Key"], "UploadId": found["UploadId"]}
+                    abort = functools.partial(_client().abort_multipart_upload, Bucket=bucket)
+                    with contextlib.suppress(FileNotFoundError):  # it has just ended
+                        _send(uri, functools.partial(abort, **which))
+            if not page.get("IsTruncated"):
+                return
+            request["KeyMarker"] = page["NextKeyMarker"]
+            request["UploadIdMarker"] = page["NextUploadIdMarker"]
+    except OSError as error:
+        logger.warning("parts of files that were never finished may be left: %s", error)
 
 
 def fetch(uri: str) -> Path:
@@ -867,7 +896,8 @@ def _may_pass(error: BaseException) -> bool:
 
     if isinstance(error, e.ClientError):
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        return status >= 500 or status == 429 or error.response["Error"]["Code"] in _BUSY
+        passing = status >= 500 and status != 501  # 501 is what it does not know how to do
+        return passing or status == 429 or error.response["Error"]["Code"] in _BUSY
     broken = (e.HTTPClientError, e.IncompleteReadError, e.ResponseStreamingError, Boto3Error,
               e.ConnectionError, e.CredentialRetrievalError, e.FlexibleChecksumError)  # fmt: skip
     return isinstance(error, broken) or (

@@ -65,6 +65,7 @@ class FaultyStore(ThreadingHTTPServer):
         """From this many requests on, all are refused with this code."""
         self.denied: str | None = None
         """What the paths of objects hold that may not be read."""
+        self.denial = (403, "AccessDenied")
         self.away_after: int | None = None
         """From this many requests on, nobody listens for AWAY_S."""
         self.is_away = False
@@ -128,8 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(status, [("Content-Type", "application/xml")], len(text), text)
             return
         if self.server.denied and self.server.denied in self.path and self.command == "GET":
-            text = ERROR.format(code="AccessDenied").encode()
-            self._answer(403, [("Content-Type", "application/xml")], len(text), text)
+            status, code = self.server.denial
+            text = ERROR.format(code=code).encode()
+            self._answer(status, [("Content-Type", "application/xml")], len(text), text)
             return
         store = http.client.HTTPConnection(self.server.store, timeout=60)
         headers = dict(self.headers.items())  # with the Host that was signed

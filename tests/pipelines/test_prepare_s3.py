@@ -150,9 +150,13 @@ def test_credentials_that_expire_are_one_line_and_new_ones_go_on(
     with pytest.raises(FileNotFoundError, match="no manifest"):
         shards.read_manifest(f"{root}/dataset")
 
+    shard = f"{root}/dataset/data/train-00003-of-00008.parquet".removeprefix("s3://bucket/")
+    storage._client().create_multipart_upload(Bucket="bucket", Key=shard)  # as SIGKILL leaves it
     faulty_store.code_after = None
     done = _run(f"{root}/train.tar", f"{root}/dataset", environment)
     assert done.returncode == 0, done.stderr
+    left = storage._client().list_multipart_uploads(Bucket="bucket", Prefix=shard)
+    assert "Uploads" not in left
     assert "going on with what was interrupted" in done.stderr
     assert _digests(f"{root}/dataset") == _digests(str(local))
 

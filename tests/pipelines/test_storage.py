@@ -6,6 +6,8 @@ import errno
 import itertools
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -420,6 +422,64 @@ def test_a_file_of_which_a_part_is_refused_leaves_no_parts_behind(
         storage.copy_in(path, f"s3://bucket/{key}")
     assert not client.list_multipart_uploads(Bucket="bucket", Prefix=key).get("Uploads")
     assert not storage.exists(f"s3://bucket/{key}")
+
+
+KILLED_WITH_PARTS_SENT = """
+import os, sys
+from pathlib import Path
+from pipelines import storage
+storage.PART_BYTES, storage.PARTS_AT_ONCE = 5 * 2**20, 1
+client = storage._client()
+send, sent = client.upload_part, []
+def upload_part(**request):
+    if sent:
+        os.kill(os.getpid(), 9)
+    sent.append(send(**request))
+client.upload_part = upload_part
+storage.copy_in(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+def test_parts_sent_by_a_killed_writer_go_with_the_folder_and_others_stay(
+    s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    root = uuid.uuid4().hex
+    (tmp_path / "shard").write_bytes(bytes(11 * 2**20))
+    line = [sys.executable, "-c", KILLED_WITH_PARTS_SENT, str(tmp_path / "shard")]
+    killed = subprocess.run([*line, f"s3://bucket/{root}/out/data/shard"], check=False)
+    assert killed.returncode == -9
+    client = storage._client()
+    for name in ("out-2/shard", "ou", "out"):
+        client.create_multipart_upload(Bucket="bucket", Key=f"{root}/{name}")
+
+    def left() -> list[str]:
+        found = client.list_multipart_uploads(Bucket="bucket", Prefix=root).get("Uploads", ())
+        return sorted(upload["Key"].removeprefix(f"{root}/") for upload in found)
+
+    assert left() == ["ou", "out", "out-2/shard", "out/data/shard"]
+    storage.end_uploads(f"s3://bucket/{root}/out/data")
+    assert left() == ["ou", "out", "out-2/shard"]
+    storage.delete(f"s3://bucket/{root}/out")
+    assert left() == ["ou", "out-2/shard"]
+
+
+@pytest.mark.parametrize("denial", [(403, "AccessDenied"), (501, "NotImplemented")])
+def test_a_store_that_does_not_list_uploads_lets_files_be_deleted(
+    denial: tuple[int, str], faulty_store: Any, faulty_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    for name, value in faulty_environment.items():
+        monkeypatch.setenv(name, value)
+    faulty_store.slow_down = faulty_store.reset = faulty_store.truncate = 0
+    faulty_store.denied, faulty_store.denial = "uploads", denial
+    root = f"s3://bucket/{uuid.uuid4().hex}"
+    storage.write_bytes(f"{root}/file", b"1")
+    storage.delete(root)
+    assert not storage.exists(root)
+    assert re.search(rf"never finished may be left: {root}.*{denial[1]}", caplog.text)
+    assert faulty_store.seen["requests"] < 10  # it was asked once
 
 
 def test_expired_credentials_are_told_at_once_and_kept_to_ourselves(
