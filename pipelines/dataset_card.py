@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from jitmodel.config import ClassInfo
 from pipelines import images, report, shards, storage
 from pipelines.shards import CONTACT_SHEET, Manifest
 
@@ -43,11 +44,17 @@ def contact_sheet(manifest: Manifest, folder: str, files: Iterable[str]) -> byte
     for r, row in enumerate(found.values()):
         for k, one in enumerate(row):
             pixels[r * columns + k] = one
-    names = [manifest.classes[label].name.split(",")[0][:24] for label in found]
+    names = [_title(label, manifest.classes[label]) for label in found]
     buffer = BytesIO()
     scale = max(1, 64 // side)
     report.image_grid(pixels, columns, names, scale).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _title(label: int, info: ClassInfo) -> str:
+    """What a row is called: the number of a class whose name our font has no signs for."""
+    name = info.name.split(",")[0][:24]
+    return name if report.drawable(name) == name else info.wnid or f"class {label}"
 
 
 def card(manifest: Manifest) -> str:

@@ -34,12 +34,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from pipelines import storage
 from pipelines.config import DemoConfig, StageFailed
 from pipelines.images import decode_pixels
-from pipelines.report import image_grid
+from pipelines.report import image_grid, load_font
 from pipelines.shards import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ def save_grid(
     canvas = Image.new("RGB", size, "white")
     canvas.paste(generated, (0, head))
     canvas.paste(photographs, (generated.width + gap, head))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
+    draw, font = ImageDraw.Draw(canvas), load_font(16)
     first = generated.width - columns[0] * (generated.width // (columns[0] + 2))
     draw.text((first, 4), "generated", fill="black", font=font)
     draw.text((generated.width + gap, 4), "real", fill="black", font=font)

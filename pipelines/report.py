@@ -5,9 +5,11 @@ Leaves out how images are drawn and how metrics are computed; takes arrays and p
 
 from __future__ import annotations
 
+import functools
 import io
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,8 +48,8 @@ def image_grid(
     height, width = height * scale, width * scale
     gutter = GUTTER * max(1, min(scale, height // 64))
 
-    font = ImageFont.load_default(size=max(11, min(20, height // 3)))
-    labels = list(row_labels or [])
+    font = load_font(max(11, min(20, height // 3)))
+    labels = [drawable(label) for label in row_labels or []]
     left = round(max((font.getlength(s) for s in labels), default=-8)) + 8 + gutter
     canvas = Image.new(
         "RGB",
@@ -63,6 +65,31 @@ def image_grid(
         middle = gutter + row * (height + gutter) + height // 2
         draw.text((left - 8, middle), label, fill=INK, font=font, anchor="rm")
     return canvas
+
+
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib; Pillow's own font knows ASCII only."""
+    return ImageFont.truetype(_font_file(), size)
+
+
+def drawable(text: str) -> str:
+    """A text on one line, with Python's escapes for what our font has no sign for."""
+    from matplotlib.ft2font import FT2Font
+
+    font = FT2Font(_font_file())
+    return "".join(
+        c
+        if c.isprintable() and font.get_char_index(ord(c))
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+@functools.cache
+def _font_file() -> str:
+    import matplotlib as mpl
+
+    return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 def _channels_last(pixels: object) -> np.ndarray:
@@ -111,7 +138,7 @@ def picture(
     grid = image_grid(
         np.stack(pixels), columns, [name for name, _ in shown], scale=max(1, 64 // size)
     )
-    font = ImageFont.load_default(size=14)
+    font = load_font(14)
     lines = [f"{name}  {number(value)}" for name, value in metrics.items()]
     width = round(max(font.getlength(line) for line in lines)) + 24
     across = max(1, grid.width // width)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.report import image_grid
+from jitmodel.config import ClassInfo
+from pipelines import dataset_card
+from pipelines.report import drawable, image_grid, load_font
 
 
 def test_a_grid_places_images_row_by_row_on_white():
@@ -48,6 +50,35 @@ def test_labels_stand_left_of_their_rows_and_are_not_cut_off():
     assert strip[:30].min() < 100  # ink beside the first row
     assert strip[30:].min() < 100  # and beside the second
     assert strip[:, 0].min() == 255  # the long label begins inside the picture
+
+
+@pytest.mark.parametrize(
+    ("label", "drawn"),
+    [
+        *[
+            (name, name)
+            for name in ("T-shirt/top", "Füße", "Äpfel", "crème brûlée", "кошка", "γάτα")
+        ],
+        ("日本語", r"\u65e5\u672c\u8a9e"),
+        ("two\nlines", r"two\nlines"),  # Pillow would refuse them
+        ("not UTF-8 \udcff", r"not UTF-8 \udcff"),
+    ],
+)
+def test_a_label_of_any_language_is_drawn_or_escaped_but_no_box(label: str, drawn: str):
+    assert drawable(label) == drawn
+    font = load_font(20)
+    box = bytes(font.getmask("\U00010fff"))  # what stands for a sign that the font does not have
+    assert all(bytes(font.getmask(sign)) != box for sign in drawn)
+
+    pixels = np.zeros((1, 3, 64, 64), np.uint8)
+    grids = [np.asarray(image_grid(pixels, 1, row_labels=[text])) for text in (label, drawn)]
+    assert (grids[0] == grids[1]).all()
+
+
+def test_a_class_whose_name_has_no_signs_is_shown_by_its_wnid_or_number():
+    assert dataset_card._title(3, ClassInfo(name="Füße, feet")) == "Füße"
+    assert dataset_card._title(3, ClassInfo(name="日本語")) == "class 3"
+    assert dataset_card._title(3, ClassInfo(name="日本語", wnid="n01440764")) == "n01440764"
 
 
 def test_a_grid_refuses_what_are_not_pixels():
