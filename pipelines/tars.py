@@ -67,7 +67,7 @@ def members(ranges: storage.Ranges, first: int = 0, length: int | None = None) -
         if kind in b"\x001234567" and kind not in b"\x0007":
             size = 0  # links, directories and devices have no content, whatever they say
         if b"size" in pax and kind not in b"xgLK":
-            size = int(pax[b"size"]) if pax[b"size"].isdigit() else -1
+            size = _decimal(pax[b"size"])
         if size < 0:  # would lead back, for ever
             raise ValueError(f"{ranges.uri}: the header at byte {place} has no size: it is damaged")
         place = data + (size + BLOCK - 1) // BLOCK * BLOCK
@@ -125,9 +125,14 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
     found = {}
     while content:
         digits, _, _ = content.partition(b" ")
-        if not digits.isdigit() or not 0 < int(digits) <= len(content):
+        if not 0 < _decimal(digits) <= len(content):
             break
         key, _, value = content[len(digits) + 1 : int(digits) - 1].partition(b"=")
         found[key] = value
         content = content[int(digits) :]
     return found
+
+
+def _decimal(digits: bytes) -> int:
+    """A number of at most 19 digits, 9 EB; -1 for what is none, or more than any file has."""
+    return int(digits) if digits.isdigit() and len(digits) < 20 else -1
