@@ -587,7 +587,11 @@ def _with_pax_record(record: bytes) -> bytes:
         ("x.tar", _with_pax_size("-1024"), "header at byte 1024 has no size"),
         ("x.tar", _with_pax_size("many"), "header at byte 1024 has no size"),
         ("x.tar", _with_pax_size("9" * 5000), r"x\.tar: the header at byte 5632 has no size"),
-        ("x.tar", _with_pax_record(b"9" * 4999 + b" "), "has no labels: expected"),  # it is passed over
+        (
+            "x.tar",
+            _with_pax_record(b"9" * 4999 + b" "),
+            "has no labels: expected",
+        ),  # it is passed over
         ("x.tar", _with_pax_size("9" * 19), "ends in the middle of a member"),
         ("x.tar", b"", "is an empty archive"),
         ("x.tar", bytes(10240), "is an empty archive"),

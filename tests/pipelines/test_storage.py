@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import re
@@ -382,6 +383,31 @@ def test_a_disk_without_hard_links_is_told_in_one_sentence(
     with pytest.raises(OSError, match=r"file system without hard links.*: choose a folder on"):
         storage.write_bytes(str(tmp_path / "owner.json"), b"first", if_absent=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_asked_for_no_checksums_that_older_ones_refuse_but_checks_what_it_gets(
+    s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)
+    (tmp_path / "large").write_bytes(bytes(6 * 2**20))
+    root, sent = f"s3://bucket/{uuid.uuid4().hex}", []
+
+    def look(request: Any, **_: object) -> None:
+        sent.append({name.lower(): value for name, value in request.headers.items()})
+
+    events = storage._client().meta.events
+    events.register("before-send.s3", look)
+    storage.write_bytes(f"{root}/small", b"1")
+    storage.copy_in(tmp_path / "large", f"{root}/large")
+    assert storage.read_bytes(f"{root}/small") == b"1"
+    events.unregister("before-send.s3", look)
+
+    assert len(sent) == 6
+    assert not any("checksum" in name for headers in sent for name in headers)
+    digest = hashlib.sha256(b"1").hexdigest().encode()
+    assert sent[0]["x-amz-content-sha256"] == digest  # and it is signed
 
 
 def test_a_large_file_goes_in_parts_each_of_which_is_asked_again(
