@@ -69,6 +69,7 @@ from pipelines.job import (
     refuse_strangers,
     write_shard,
 )
+from pipelines.labels import printable
 from pipelines.shards import Reject
 
 logger = logging.getLogger(__name__)
@@ -347,7 +348,7 @@ def _list_parts_task(
                     writer.write_batch(found)
     except Exception as failure:
         kind = next((name for name, k in _BAD_SOURCES.items() if isinstance(failure, k)), "")
-        error = str(failure) if kind else f"a part was not listed: {_named(failure)}"
+        error = printable(str(failure) if kind else f"a part was not listed: {_named(failure)}")
     skipped = json.dumps(sum(source.skipped, Counter()))
     return {"kind": [kind], "error": [error], "count": [len(parts)], "skipped": [skipped]}
 
@@ -488,11 +489,11 @@ def _write_shard_task(
     try:
         entry = write_shard(number, folders, root, classes, job)
     except PermissionError as error:
-        return result | {"error": str(error), "refused": True}
+        return result | {"error": printable(str(error)), "refused": True}
     except Exception as error:
         if not isinstance(error, OSError):  # which says all, and comes from many at once
             logger.exception("shard %d failed", number)
-        return result | {"error": _named(error)}
+        return result | {"error": printable(_named(error))}
     return result | {"entry": entry.model_dump_json()}
 
 

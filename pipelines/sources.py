@@ -468,7 +468,7 @@ def _is_image(name: str, skipped: Counter[str]) -> bool:
     """Whether a name is that of an image; counts the endings of those that are not."""
     if name.lower().endswith(IMAGE_SUFFIXES):
         return True
-    skipped[posixpath.splitext(name)[1].lower() or "without ending"] += 1
+    skipped[printable(posixpath.splitext(name)[1].lower()) or "without ending"] += 1
     return False
 
 
@@ -636,7 +636,8 @@ class WebDataset:
         if is_double:
             wrong = "an earlier sample of the archive has the same name"
         elif len(found) > 1:
-            wrong = f"it is one of several images of its name: {', '.join(found)}"
+            endings = printable(", ".join(found))
+            wrong = f"it is one of several images of its name: {endings}"
         for i, ending in enumerate(found):
             path, member = printable(f"{part.name}/{name}.{ending}"), sample[ending]
             problem, file = member.problem or wrong, os.fsencode(part.file)

@@ -301,6 +301,20 @@ def test_a_sample_of_a_webdataset_has_one_image_and_nothing_is_lost(tmp_path: Pa
     assert [ref.unit for ref in refs] == list(range(9))
 
 
+def test_endings_that_are_not_utf_8_are_told_as_names_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [("x.cls", b"0"), ("x.a.jpg", b"1"), ("x.\udcff.jpg", b"2"),
+               ("y.jpg", b"3"), ("y.cls", b"0"), ("z.\udcfe", b""), ("z.cls", b"0")]  # fmt: skip
+    (tmp_path / "web.tar").write_bytes(tar(members))
+    refs, _ = found(str(tmp_path / "web.tar"), tmp_path)
+    several = "it is one of several images of its name: a.jpg, \\udcff.jpg"
+    assert [(ref.path, ref.problem) for ref in refs] == [
+        ("web.tar/x.a.jpg", several), ("web.tar/x.\\udcff.jpg", several), ("web.tar/y.jpg", None),
+    ]  # fmt: skip
+    assert "1 .\\udcfe" in caplog.text
+
+
 def test_what_is_named_like_an_image_is_judged_and_the_rest_is_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

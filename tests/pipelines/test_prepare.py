@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from io import BytesIO
 from pathlib import Path
 
@@ -519,6 +520,15 @@ def test_an_output_inside_of_the_source_is_refused_for_it_would_become_images(
         prepare.refuse_inside("s3://bucket/raw/dataset", "s3://bucket/raw/")
     prepare.refuse_inside("s3://bucket/raw-prepared", "s3://bucket/raw")
     assert sorted(tree.rglob("*")) == before
+
+
+@pytest.mark.ray
+def test_a_task_can_name_a_tar_whose_name_is_not_utf_8(ray_cluster: None, tmp_path: Path) -> None:
+    place = tmp_path / "a.tar"
+    with tarfile.open(place, "w") as archive:
+        archive.addfile(tarfile.TarInfo("\udcff.tar"))
+    with pytest.raises(ValueError, match=r"class tar .*\\udcff has no images"):
+        prepare.run(_config(place, tmp_path / "dataset"))
 
 
 @pytest.mark.ray
