@@ -725,11 +725,11 @@ class ParquetFiles:
                 "names: choose files of one dataset"
             )
         start = unit = 0
-        for group, length, labels in self._row_groups(part.file):
+        for group, length, labels, damage in self._row_groups(part.file):
             listed = False
             for row, label in enumerate(labels.tolist()):
-                path, problem = f"{printable(part.file)}#{start + row}", None
-                if self.new is not None:
+                path, problem = f"{printable(part.file)}#{start + row}", damage
+                if self.new is not None and not damage:
                     if not 0 <= label < len(self.layout.names):
                         problem = f"label {label} is outside 0..{len(self.layout.names) - 1}"
                     elif label not in self.new:
@@ -740,8 +740,8 @@ class ParquetFiles:
             start += len(labels)
             unit += listed
 
-    def _row_groups(self, name: str) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
-        """Number, bytes of the images as stored, and labels of each row group."""
+    def _row_groups(self, name: str) -> Iterator[tuple[int, int, NDArray[np.int64], str | None]]:
+        """Number, bytes of the images as stored, labels, and damage of each row group."""
         uri = storage.join(self.root, name)
         with storage.honest_errors(uri), storage.open_patiently(uri) as source:
             file = pq.ParquetFile(source)
@@ -752,11 +752,32 @@ class ParquetFiles:
                 _refuse_pages(uri, group, column)
                 length = column.total_compressed_size
                 if self.one:
-                    yield group, length, np.zeros(metadata.num_rows, np.int64)
+                    yield group, length, np.zeros(metadata.num_rows, np.int64), None
                     continue
-                found = file.read_row_group(group, columns=[self.layout.label])[0]
+                try:
+                    found = file.read_row_group(group, columns=[self.layout.label])[0]
+                except (OSError, pa.ArrowException) as error:
+                    if not _is_damage(error):
+                        raise
+                    why = f"the labels of its row group are damaged: {_in_a_line(error)}"
+                    yield group, length, np.full(metadata.num_rows, -1), why
+                    continue
                 labels = found.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
-                yield group, length, labels
+                yield group, length, labels, None
+
+
+def _is_damage(error: OSError | pa.ArrowException) -> bool:
+    """Whether an error of pyarrow's is about what it read, not about a store that fails.
+
+    It has one kind for both, but those of a store came through `storage`, and have a cause.
+    """
+    if isinstance(error, pa.ArrowException):
+        return True
+    return type(error) is OSError and error.__cause__ is None
+
+
+def _in_a_line(error: Exception) -> str:
+    return printable(" ".join(str(error).split()))
 
 
 def _image_leaf(file: pq.ParquetFile, column: str) -> str:
@@ -806,8 +827,10 @@ def _hub_layout(root: str, name: str, one: bool) -> HubLayout:
     try:
         with storage.honest_errors(uri), storage.open_patiently(uri) as source:
             schema = pq.read_schema(source)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{uri} is not a Parquet file: {error}") from error
+    except (OSError, pa.ArrowException) as error:
+        if not _is_damage(error):
+            raise
+        raise ValueError(f"{uri} is not a Parquet file: {_in_a_line(error)}") from error
     features = _hub_features(schema, uri)
     image = _column(uri, features, "Image", "image")
     label = "label" if one else _column(uri, features, "ClassLabel", "label")
@@ -1032,10 +1055,10 @@ def _read_rows(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, byte
                     if not left:
                         break
             except (OSError, pa.ArrowException) as error:
-                if storage.local_path(uri) is None:
-                    raise  # pyarrow has one kind of error for damage and for a store that fails
-                why = " ".join(str(error).split())
-                reasons |= dict.fromkeys(left, f"its row group is damaged: {why}")
+                if not _is_damage(error):
+                    raise
+                why = f"its row group is damaged: {_in_a_line(error)}"
+                reasons |= dict.fromkeys(left, why)
         pa.default_memory_pool().release_unused()  # or the pages would stay beside the images
         yield from reasons.items()
         for row, first, length in places:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -161,8 +162,14 @@ def test_parquet_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the columns picture, label"):
         open_source(str(tmp_path / "c.parquet"))
     (tmp_path / "t.parquet").write_text("no Parquet at all")
-    with pytest.raises(ValueError, match=r"t\.parquet is not a Parquet file"):
-        open_source(str(tmp_path / "t.parquet"))
+    _parquet(tmp_path / "f.parquet", [0], group=1)
+    stored = bytearray((tmp_path / "f.parquet").read_bytes())
+    footer = len(stored) - 8 - int.from_bytes(stored[-8:-4], "little")
+    stored[footer : footer + 20] = b"\xff" * 20
+    (tmp_path / "f.parquet").write_bytes(stored)
+    for name in ("t", "f"):
+        with pytest.raises(ValueError, match=rf"{name}\.parquet is not a Parquet file"):
+            open_source(str(tmp_path / f"{name}.parquet"))
     _parquet(tmp_path / "m" / "a.parquet", [0], group=1)
     os.link(EMBEDDED / "fashion-mnist-test.parquet", tmp_path / "m" / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet and a\.parquet in .* differ"):
@@ -296,18 +303,67 @@ def test_parquet_without_the_bytes_of_images_is_refused(
         open_source(str(tmp_path / "a.parquet"))
 
 
-def test_a_damaged_row_group_is_a_reason_and_the_others_are_read(tmp_path: Path) -> None:
-    place = tmp_path / "a.parquet"
-    _parquet(place, [0, 1, 0, 1], group=2)
-    column = pq.ParquetFile(place).metadata.row_group(0).column(0)
-    stored = bytearray(place.read_bytes())
-    begin = column.dictionary_page_offset or column.data_page_offset
-    stored[begin : begin + 40] = b"\xff" * 40
-    place.write_bytes(stored)
-    source = open_source(str(place))
-    found = dict(read_images(source.root, _listed(source, tmp_path)))
-    assert [str(found[i])[:26] for i in (0, 1)] == ["its row group is damaged: "] * 2
+@pytest.mark.parametrize("column", ["image", "label"])
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_damaged_row_group_is_a_reason_and_the_others_are_read(
+    tmp_path: Path,
+    place: str,
+    column: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    local = tmp_path / "a.parquet"
+    _parquet(local, [0, 1, 0, 1], group=2)
+    _overwrite(local, {"image": 0, "label": 2}[column])  # the image is a struct of two columns
+    uri = str(local)
+    if place == "s3":
+        for name, value in request.getfixturevalue("s3_environment").items():
+            monkeypatch.setenv(name, value)
+        uri = f"s3://bucket/{uuid.uuid4().hex}/a.parquet"
+        storage.copy_in(local, uri)
+    source = open_source(uri)
+    refs = _listed(source, tmp_path)
+    found = dict(read_images(source.root, refs))
+    whose = {"image": "its row group is", "label": "the labels of its row group are"}[column]
+    assert [str(found[i]).partition(" damaged: Couldn't deserialize thrift: ")[0]
+            for i in (0, 1)] == [whose] * 2  # fmt: skip
     assert [found[i] for i in (2, 3)] == [_png(2), _png(3)]
+    assert [ref.label for ref in refs] == ([0, 1] if column == "image" else [-1, -1]) + [0, 1]
+
+
+def _overwrite(place: Path, column: int) -> None:
+    """Damage a column of the first row group."""
+    chunk = pq.ParquetFile(place).metadata.row_group(0).column(column)
+    stored = bytearray(place.read_bytes())
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    stored[begin : begin + 20] = b"\xff" * 20
+    place.write_bytes(stored)
+
+
+@pytest.mark.parametrize(("code", "error"), [("ExpiredToken", PermissionError), ("Odd", OSError)])
+def test_a_store_that_fails_at_any_request_for_a_row_group_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[OSError],
+    faulty_store: Any, faulty_environment: dict[str, str],
+) -> None:  # fmt: skip
+    for name, value in faulty_environment.items():
+        monkeypatch.setenv(name, value)
+    faulty_store.slow_down = faulty_store.reset = faulty_store.truncate = 0.0
+    _parquet(tmp_path / "a.parquet", [0, 1], group=2)
+    uri = f"s3://bucket/{uuid.uuid4().hex}/a.parquet"
+    storage.copy_in(tmp_path / "a.parquet", uri)
+    source = open_source(uri)
+    refs = _listed(source, tmp_path)
+    for read in (lambda: list(source.refs(source.parts[0])),
+                 lambda: list(read_images(source.root, refs))):  # fmt: skip
+        before = faulty_store.seen["requests"]
+        read()
+        needed = faulty_store.seen["requests"] - before
+        assert needed >= 4
+        for passed in range(needed):
+            faulty_store.code_after = (faulty_store.seen["requests"] + passed, code)
+            with pytest.raises(error):
+                read()
+        faulty_store.code_after = None
 
 
 ARROW_PEAK = """
