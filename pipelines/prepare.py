@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from jitmodel.config import ClassInfo
 from pipelines import images, lease, runtime, shards, sources, storage
 from pipelines.config import PrepareConfig, StageFailed, require
-from pipelines.deal import permutation
+from pipelines.deal import ids_at
 from pipelines.index import INDEX_SCHEMA, Index
 from pipelines.job import (
     INDEX_FILE,
@@ -76,8 +76,8 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY_S, LOG_FRACTION, LOG_SELDOM_S = 5.0, 0.05, 60.0
 """A line of progress comes after a share of the time that has passed, between these bounds."""
-SAMPLE_PARTS, SAMPLE_IMAGES, SAMPLE_S = 32, 64, 10.0
-"""What a dry run looks at."""
+SAMPLE_PARTS, SAMPLE_READ, SAMPLE_IMAGES, SAMPLE_S = 32, 1024, 64, 10.0
+"""What a dry run looks at: parts, images that are read, and images that are decoded."""
 
 
 def run(config: PrepareConfig) -> None:
@@ -234,31 +234,38 @@ def plan(
             config.rows_per_shard,
         )  # fmt: skip
 
-    started = time.monotonic()
-    ids = np.unique(np.linspace(0, len(listed) - 1, SAMPLE_IMAGES).round().astype(int))
-    ids = ids[permutation(len(ids), 0)]
-    refs = listed.refs(ids)
-    looked = rejects = 0
+    # Those that tasks would take first, so that as many share a row group as will. Some of them are
+    # decoded; what reading takes and what that takes count for themselves.
+    count = min(max(config.rows_per_shard, SAMPLE_IMAGES), SAMPLE_READ, len(listed))
+    refs = listed.refs(ids_at(np.arange(count), index, config.seed))
+    read = looked = rejects = 0
     sizes = dict.fromkeys(config.image_size, 0)
+    begun = np.array([time.process_time(), time.monotonic()])
+    decoding = np.zeros(2)
     for i, image in sources.read_images(source.root, refs):
-        for size, pixels in zip(
-            sizes, crops(image, refs[i].label, len(classes), sizes), strict=True
-        ):
-            if isinstance(pixels, images.BadImage):
-                rejects += 1
-            else:
-                sizes[size] += len(images.encode(pixels, config.encoding))
-        looked += 1
-        if time.monotonic() - started > SAMPLE_S:
+        read += 1
+        if (read - 1) % max(count // SAMPLE_IMAGES, 1) == 0:
+            before = np.array([time.thread_time(), time.monotonic()])
+            for size, pixels in zip(
+                sizes, crops(image, refs[i].label, len(classes), sizes), strict=True
+            ):
+                if isinstance(pixels, images.BadImage):
+                    rejects += 1
+                else:
+                    sizes[size] += len(images.encode(pixels, config.encoding))
+            looked += 1
+            decoding += np.array([time.thread_time(), time.monotonic()]) - before
+        if time.monotonic() - begun[1] > SAMPLE_S:
             break
-    seconds = (time.monotonic() - started) / looked * total
+    reading = np.array([time.process_time(), time.monotonic()]) - begun - decoding
+    core_hours, hours = (reading / read + decoding / looked) * total / 3600
     workers = config.workers or os.cpu_count() or 1
     for size, folder in folders.items():
         logger.info("%s: about %.4g GB", folder, sizes[size] / looked * total / 1e9)
     logger.info(
         "%d images tried, %d of them cannot be used; about %.2g core-hours, %.2g hours with %d "
         "workers on machines like this one",
-        looked, rejects // len(sizes), seconds / 3600, seconds / 3600 / workers, workers,
+        looked, rejects // len(sizes), core_hours, hours / workers, workers,
     )  # fmt: skip
     logger.info("dry run, nothing was written; config: %s", config.model_dump_json())
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -553,6 +556,29 @@ def test_a_dry_run_says_what_it_would_do_and_touches_nothing(
         prepare.run(_config(tree, tmp_path / "dataset", dry_run=True))
     assert "123 images of 3 classes -> 8 shards of 16" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_reads_no_more_row_groups_than_tasks_do_and_waiting_is_no_core_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = pa.table([[_photo(0)] * 1200, [0, 1] * 600], names=["image", "label"])
+    pq.write_table(columns, tmp_path / "a.parquet", row_group_size=20)
+    groups, really = [], sources._read_rows
+
+    def slowly(uri: str, group: int, rows: set[int]) -> Iterator[tuple[int, bytes | str]]:
+        groups.append(group)
+        time.sleep(0.3)
+        return really(uri, group, rows)
+
+    monkeypatch.setattr(sources, "_read_rows", slowly)
+    config = _config(tmp_path / "a.parquet", tmp_path / "dataset", dry_run=True, workers=1)
+    with caplog.at_level("INFO"):
+        prepare.run(config)
+    told = re.search(r"64 images tried, .* about (\S+) core-hours, (\S+) hours", caplog.text)
+    assert told
+    assert len(groups) == 4  # 64 images are three whole groups and a piece
+    assert float(told[2]) > 4 * 0.3 / 64 * 1200 / 3600 * 0.9
+    assert float(told[1]) < float(told[2]) / 2
 
 
 @pytest.mark.ray
