@@ -70,6 +70,8 @@ PEEK = 64
 SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
 SPLITS = {"train", "val", "valid", "validation", "test"}
 COMPRESSED_TAR = re.compile(r".+\.(tgz|tar\.[a-z0-9]+)")
+WNID_FOLDER = re.compile(rf"(?:(.*?)/)?({WNID.pattern})/")
+"""What lies before a folder that is named like a class of ImageNet, and its name."""
 VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 LEFT_OUT = -2
 """The label of what is of a class that a class list does not name."""
@@ -347,7 +349,8 @@ def _folder_tree(
             num_loose, uri,
         )  # fmt: skip
     infos, places = _in_order(uri, folders, chosen)
-    return Files(uri, [Part(folders[at], folders[at], i) for i, at in enumerate(places)], infos)
+    parts = [Part(folders[at], folders[at], i) for i, at in enumerate(places)]
+    return Files(uri, parts, infos, is_named=bool(chosen))
 
 
 def _in_order(
@@ -377,9 +380,10 @@ class Files:
         labels: dict[str, int] | None = None,
         *,
         in_tars: bool = False,
+        is_named: bool = False,
     ) -> None:
         self.root, self.parts, self.classes, self.labels = root, parts, classes, labels
-        self.in_tars = in_tars
+        self.in_tars, self.is_named = in_tars, is_named
         self.skipped: list[Counter[str]] = []
         self.versions = {part.name: part.key for part in parts} if in_tars else {}
 
@@ -387,8 +391,8 @@ class Files:
         """Images of a part: by path in folders, in their own order in tars.
 
         Raises:
-            ValueError: a class has no images, a tar is damaged, or it is not clear which label is
-                an image's.
+            ValueError: a class has no images, or holds those of ImageNet; a tar is damaged; or it
+                is not clear which label is an image's.
         """
         count, skipped = 0, Counter[str]()
         listed = self._tar(part, skipped) if self.in_tars else self._folder(part, skipped)
@@ -423,8 +427,16 @@ class Files:
         else:
             found = (e for e in storage.scan(self.root) if not e.relative.endswith("/"))
         version = hashlib.sha256()
+        is_class = part.label is not None and not self.is_named and not WNID.fullmatch(part.name)
         for e in found:
             if _is_image(e.relative, skipped):
+                if is_class and (inner := WNID_FOLDER.match(e.relative)):
+                    train = storage.join(self.root, posixpath.join(part.file, inner[1] or ""))
+                    raise ValueError(
+                        f"{train} holds folders named like ImageNet's classes, such as {inner[2]}, "
+                        f"and all in {part.name} would be of one class: give --source {train}, or "
+                        "name the classes (--classes) if that is meant"
+                    )
                 version.update(os.fsencode(f"{e.relative}\0{e.bytes}\0{e.changed}\0"))
                 place = f"{part.file}/{e.relative}" if part.file else e.relative
                 yield tars.Member(e.relative, -1, e.bytes, None), os.fsencode(place)

@@ -213,6 +213,31 @@ def test_what_is_not_clear_is_refused_with_both_names(
         found(str(tmp_path / "root"), tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("above", "train"),
+    [("ILSVRC/Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/train"), ("train_images", "train_images"),
+     ("train/n01440764/n01443537", None), ("n01440764/x", None)],
+)  # fmt: skip
+def test_imagenet_that_is_given_too_high_is_refused_unless_that_is_meant(
+    tmp_path: Path, above: str, train: str | None
+) -> None:
+    root = tmp_path / "root"
+    for wnid in ("n01440764", "n01443537"):
+        storage.write_bytes(str(root / above / wnid / "1.JPEG"), b"1")
+    storage.write_bytes(str(root / "bnn01440764" / "1.JPEG"), b"1")
+    folders = sorted(os.listdir(root))
+    if train:
+        message = rf"give --source {root}/{train}, or name the classes"
+        with pytest.raises(ValueError, match=message):
+            found(str(root), tmp_path)
+        assert len(found(f"{root}/{train}", tmp_path)[0]) == 2
+        return
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(folders))
+    for classes in ("one", str(names), *([""] if "n01440764" in folders else [])):
+        assert len(found(str(root), tmp_path, classes)[0]) == 3
+
+
 def test_labels_of_parquet_and_of_a_tar_of_tars_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels").write_text("x 1")
     (tmp_path / "x.tar").write_bytes(tar([("a.tar", tar([("1.jpg", b"1")]))]))
