@@ -76,6 +76,8 @@ VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 LEFT_OUT = -2
 """The label of what is of a class that a class list does not name."""
 SAMPLE_LABELS = ("cls", "json")
+LABEL_BYTES = 2**23
+"""Most bytes of one of these: a .json may hold much beside a label, such as an embedding."""
 JSON_LABELS = ("label", "cls", "class", "class_id")
 """Keys of a WebDataset's JSON that may hold the label, the first one found counts."""
 
@@ -664,9 +666,9 @@ class WebDataset:
         if ending is None:
             return -1, "it has no .cls and no .json beside it"
         member = sample[ending]
-        text: object = ranges.read(member.first, min(member.length, tars.LONGEST_NAME)).decode(
-            "utf-8-sig", "replace"
-        )
+        if member.length > LABEL_BYTES:
+            return -1, f"its .{ending} is longer than {LABEL_BYTES >> 20} MiB"
+        text: object = ranges.read(member.first, member.length).decode("utf-8-sig", "replace")
         if ending == "json":
             try:
                 fields = json.loads(str(text))

@@ -225,7 +225,7 @@ def test_imagenet_that_is_given_too_high_is_refused_unless_that_is_meant(
     for wnid in ("n01440764", "n01443537"):
         storage.write_bytes(str(root / above / wnid / "1.JPEG"), b"1")
     storage.write_bytes(str(root / "bnn01440764" / "1.JPEG"), b"1")
-    folders = sorted(os.listdir(root))
+    folders = sorted(folder.name for folder in root.iterdir())
     if train:
         message = rf"give --source {root}/{train}, or name the classes"
         with pytest.raises(ValueError, match=message):
@@ -324,6 +324,18 @@ def test_a_sample_of_a_webdataset_has_one_image_and_nothing_is_lost(tmp_path: Pa
         ("other.seg.png", b"seg"), ("both.jpg", b"both"),
     ]  # fmt: skip
     assert [ref.unit for ref in refs] == list(range(9))
+
+
+def test_a_label_is_found_in_a_long_json_and_one_that_is_too_long_is_told(tmp_path: Path) -> None:
+    embedding = json.dumps({"embedding": [0.123456] * 40_000, "label": 3}).encode()
+    too_long = b" " * (sources.LABEL_BYTES + 1)
+    members = [("x.jpg", b"1"), ("x.json", embedding), ("y.jpg", b"2"), ("y.json", too_long),
+               ("z.jpg", b"3"), ("z.cls", b"2")]  # fmt: skip
+    (tmp_path / "web.tar").write_bytes(tar(members))
+    refs, _ = found(str(tmp_path / "web.tar"), tmp_path)
+    assert [(ref.label, ref.problem) for ref in refs] == [
+        (3, None), (-1, "its .json is longer than 8 MiB"), (2, None)
+    ]  # fmt: skip
 
 
 def test_endings_that_are_not_utf_8_are_told_as_names_are(
