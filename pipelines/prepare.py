@@ -342,6 +342,8 @@ def _list_parts_task(
 ) -> dict[str, list[Any]]:
     if stop.is_set():
         return {"kind": [""], "error": [""], "count": [0], "skipped": ["{}"]}
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("pipelines").setLevel(logging.INFO)  # how far a long tar is
     parts = [sources.Part(*json.loads(part)) for part in batch["part"]]
     source.skipped = []
     kind = error = ""

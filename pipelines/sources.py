@@ -23,6 +23,7 @@ import os
 import posixpath
 import re
 import tempfile
+import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,6 +66,9 @@ PAGE_BYTES = 200 * 10**6
 """Most bytes of a page of Parquet, of which a worker holds up to three copies."""
 LISTERS = 16
 """Parts that one process lists at once."""
+LOG_MEMBERS, LOG_S = 2000, 10.0
+"""Members of a tar, and seconds, after which it is told how far its list is: more than those of a
+class of ImageNet, of which a thousand are listed side by side."""
 PEEK = 64
 """Members of a tar that are looked at to tell its layout."""
 SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
@@ -488,7 +492,39 @@ def _is_image(name: str, skipped: Counter[str]) -> bool:
 
 def _members(root: str, part: Part) -> Iterator[tars.Member]:
     with storage.Ranges(storage.join(root, part.file)) as ranges:
-        yield from tars.members(ranges, part.first, part.length)
+        yield from _told(ranges, part)
+
+
+def _told(ranges: storage.Ranges, part: Part) -> Iterator[tars.Member]:
+    """Members of a tar; on S3 each takes a request, so that of many it is told how far they are."""
+    end = ranges.size if part.length is None else part.first + part.length
+    logged = time.monotonic()
+    for count, member in enumerate(tars.members(ranges, part.first, part.length), 1):
+        yield member
+        if count % LOG_MEMBERS == 0 and time.monotonic() - logged >= LOG_S:
+            logged = time.monotonic()
+            share = (member.first + member.length - part.first) / (end - part.first)
+            logger.info("%s: %d members listed, %.0f %% of its bytes", part.name, count,
+                        100 * share)  # fmt: skip
+
+
+class _Remembered(storage.Ranges):
+    """A tar, of which the last ranges that were read are not asked for again.
+
+    A label lies beside the header of its member, which was read to find it.
+    """
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self._last: deque[tuple[int, bytes]] = deque(maxlen=2)
+
+    def read(self, first: int, length: int) -> bytes:
+        for start, found in self._last:
+            if start <= first and first + length <= start + len(found):
+                return found[first - start :][:length]
+        found = super().read(first, length)
+        self._last.append((first, found))
+        return found
 
 
 def _are_classes(archives: Sequence[str]) -> bool:
@@ -613,11 +649,11 @@ class WebDataset:
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """Images of a tar, in its order."""
         skipped = Counter[str]()
-        with storage.Ranges(storage.join(self.root, part.file)) as ranges:
+        with _Remembered(storage.join(self.root, part.file)) as ranges:
             seen: set[str] = set()
             sample: dict[str, tars.Member] = {}
             last, count = "", 0
-            for member in chain(tars.members(ranges), [None]):
+            for member in chain(_told(ranges, part), [None]):
                 folder, _, base = member.name.rpartition("/") if member else ("", "", "")
                 name, _, ending = base.partition(".")
                 name = f"{folder}/{name}" if folder else name

@@ -9,6 +9,7 @@ import os
 import tarfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +118,41 @@ def test_a_tar_on_s3_is_read_by_ranges_and_never_as_a_whole(
     assert max(reads) == 4096
     assert len(reads) <= 8 + 3 * 4 + 4  # a request a member, and few more a tar
     assert sum(reads) < len(outer) // 4
+
+
+@pytest.mark.parametrize("order", [("jpg", "cls"), ("cls", "jpg"), ("json", "jpg", "txt")])
+def test_a_webdataset_is_listed_by_one_request_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty_store: Any,
+    faulty_environment: dict[str, str], order: tuple[str, ...],
+) -> None:  # fmt: skip
+    for name, value in faulty_environment.items():
+        monkeypatch.setenv(name, value)
+    faulty_store.slow_down = faulty_store.reset = faulty_store.truncate = 0.0
+    contents = {"jpg": os.urandom(20_000), "cls": b"3", "json": b'{"label": 3}', "txt": b"a text"}
+    place = f"s3://bucket/{uuid.uuid4().hex}.tar"
+    members = [(f"{i:02d}.{ending}", contents[ending]) for i in range(20) for ending in order]
+    storage.write_bytes(place, tar(members))
+    source = open_source(place)
+    before = faulty_store.seen["requests"]
+    refs = list(source.refs(source.parts[0]))
+    assert [(ref.label, ref.problem) for ref in refs] == [(3, None)] * 20
+    assert faulty_store.seen["requests"] - before <= 20 + 3
+
+
+def test_a_long_tar_says_how_far_its_list_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.tar").write_bytes(tar([(f"{i}.png", b"1") for i in range(30)]))
+    monkeypatch.setattr(sources, "LOG_MEMBERS", 10)
+    source = open_source(str(tmp_path / "x.tar"), "one")
+    with caplog.at_level("INFO"):
+        assert len(list(source.refs(source.parts[0]))) == 30
+        assert not caplog.records  # it was fast
+        monkeypatch.setattr(sources, "LOG_S", 0.0)
+        list(source.refs(source.parts[0]))
+    assert [record.getMessage() for record in caplog.records][:2] == [
+        "x.tar: 10 members listed, 24 % of its bytes", "x.tar: 20 members listed, 49 % of its bytes"
+    ]  # fmt: skip
 
 
 def test_the_validation_tar_is_labelled_by_the_package_or_by_a_file(
