@@ -60,6 +60,7 @@ from pipelines.job import (
     crops,
     describe,
     entries,
+    files_digest,
     folders_of,
     is_finished,
     output_of,
@@ -132,6 +133,7 @@ def run(config: PrepareConfig) -> None:
                 begin(output, folders, job, index)
                 classes = classes_of(source, Index(index))
                 write_shards(folders, source.root, classes, job, config, held)
+                refuse_replaced(config, job)
                 held.check()
                 publish(folders, classes, job, config)
         storage.delete(storage.join(output, WORK))
@@ -175,6 +177,26 @@ def refuse_inside(output: str, source: str) -> None:
         raise ValueError(
             f"--output {output} lies inside of --source {source}, where its contact sheet would be "
             "taken for an image: choose a folder beside the source"
+        )
+
+
+def refuse_replaced(config: PrepareConfig, job: Job) -> None:
+    """Check that the source's files are still those that were listed: all shards are of these.
+
+    Raises:
+        ValueError: some are not.
+        FileNotFoundError: the source is gone.
+    """
+    source = sources.open_source(storage.absolute(config.source), config.classes, config.labels)
+    late = [part for part in source.parts if part.name not in source.versions]
+    for batches in sources.list_parts(source, late):
+        for _ in batches:
+            pass
+    now = files_digest(source)
+    if now != job.files_sha256:
+        raise ValueError(
+            f"files of {config.source} have changed while they were read: files_sha256 was "
+            f"{job.files_sha256} and is {now}, and shards may hold either. Choose another --output"
         )
 
 

@@ -324,6 +324,13 @@ def _replaceable(tmp_path: Path, layout: str) -> tuple[Path, Path, bytes]:
         changed = source / "red" / "000.png"
         size = changed.stat().st_size
         return source, changed, _photo(7)[:size].ljust(size, b"\0")
+    if layout == "tar":
+        place = tmp_path / "a.tar"
+        with tarfile.open(tmp_path / "cat.tar", "w") as inner, tarfile.open(place, "w") as outer:
+            inner.add(_tree(tmp_path / "tree", 8))
+            inner.close()
+            outer.add(tmp_path / "cat.tar", "cat.tar")
+        return place, place, place.read_bytes()
     place = tmp_path / "a.parquet"
     found = []
     for k in (0, 18):
@@ -347,6 +354,19 @@ def test_going_on_with_pictures_that_changed_is_refused(tmp_path: Path, layout: 
     with pytest.raises(ValueError, match=message):
         prepare.run(_config(source, output))
     assert _digests(output) == before
+
+
+@pytest.mark.parametrize("layout", ["tree", "parquet", pytest.param("tar", marks=pytest.mark.ray)])
+def test_pictures_that_change_while_they_are_read_make_no_dataset(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if layout == "tar":
+        request.getfixturevalue("ray_cluster")
+    source, changed, content = _replaceable(tmp_path, layout)
+    monkeypatch.setattr(prepare, "write_shards", lambda *_: changed.write_bytes(content))
+    with pytest.raises(ValueError, match="have changed while they were read"):
+        prepare.run(_config(source, tmp_path / "dataset"))
+    assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 
 def _finished(source: Path, output: Path) -> None:
