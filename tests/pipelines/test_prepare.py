@@ -663,6 +663,15 @@ def test_the_presets_exist_and_fit() -> None:
     assert sizes == [(28,), (256,), (512,)]
 
 
+def test_the_presets_of_imagenet_take_the_time_that_the_readme_says(repository: Path) -> None:
+    readme = (repository / "README.md").read_text("utf-8")
+    told = re.search(r"for each request \| (\S+) core-hours \| (\S+) core-hours \|", readme)
+    assert told
+    for hours, size in zip(told.groups(), (256, 512), strict=True):
+        preset = repository / "pipelines" / "presets" / "prepare" / f"imagenet-{size}.yaml"
+        assert f"projected {hours} core-hours" in preset.read_text("utf-8")
+
+
 @pytest.mark.ray
 def test_the_manifest_holds_no_trace_of_where_it_was_written(prepared: Path) -> None:
     manifest = json.loads((prepared / "manifest.json").read_text())
