@@ -23,7 +23,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
 
 import ray
@@ -39,7 +39,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from jitmodel.parallel import tune_cpu
 from pipelines import checkpoints, lease, runtime, storage, trackers, validation
-from pipelines.checkpoints import LATEST, META, Checkpoint, SaveFailed
+from pipelines.checkpoints import CONFIG, FOLDER, LATEST, META, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
 from pipelines.fit import check_fits, early_stop, fit, resume_point, run_uri
 from pipelines.meter import NonFiniteLoss
@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 WRITER = "writer"
 """Where a run folder names the command that trains it."""
+NOTES = "ray"
+"""Where a run folder holds what Ray itself notes."""
 WATCH_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 ASK_EVERY_S = 5.0
 ELASTIC_START_S = 30.0
@@ -235,7 +237,7 @@ def run(config: TrainConfig) -> None:
     Raises:
         FileNotFoundError: there is no dataset, or no run to go on with.
         ValueError: options that do not fit the dataset, the run so far, or the cluster; a tracker
-            that is not installed; a dataset that lacks shards.
+            that is not installed; a dataset that lacks shards; a run folder that is not a run's.
         PermissionError: the storage cannot be written, or another command trains this run.
         StageFailed: training diverged, a checkpoint could not be stored, or workers failed more
             often than max_failures.
@@ -249,6 +251,7 @@ def run(config: TrainConfig) -> None:
     manifest, folder = read_manifest(config.data), run_uri(config)
     check_fits(config, manifest)
     check_there(config.data, manifest)
+    check_ours(config)
     if not config.dry_run:
         storage.check_writable(folder)
     trackers.check_installed(config)
@@ -321,7 +324,7 @@ def launch(
     if not get_dashboard_url():  # type: ignore[no-untyped-call]
         # Nobody announces the end of a cluster of one's own.
         os.environ[WATCH_PREEMPTION] = "0"
-    notes = storage.join(run_uri(config), "ray")
+    notes = storage.join(run_uri(config), NOTES)
     system, path = storage.filesystem(notes)
     # The ignored types are those of Train V1, which ray.train shows to a type checker.
     trainer = Trainer(
@@ -424,6 +427,42 @@ def runs(uri: str) -> list[str]:
     except FileNotFoundError:
         return []
     return [name for name in names if storage.exists(storage.join(uri, name, LATEST))]
+
+
+def check_ours(config: TrainConfig) -> None:
+    """Refuse a run folder that --fresh would take away from somebody else, or a run would fill.
+
+    Raises:
+        ValueError: it meets the dataset's, or holds something, but nothing of a run.
+    """
+    folder = run_uri(config)
+    run, data = _resolved(folder), _resolved(config.data)
+    if run.is_relative_to(data) or data.is_relative_to(run):
+        raise ValueError(
+            f"--storage and --name make {folder} the run folder, and the dataset is at "
+            f"{config.data}: neither may hold the other. Choose another --storage or --name."
+        )
+    try:
+        folders, files = storage.list_folder(folder)
+    except FileNotFoundError:
+        return
+    # All that a run leaves that was killed before it wrote its config; what begins with a dot is
+    # unfinished, or the machine's.
+    begun = (WRITER, NOTES)
+    there = [name for name in (*folders, *(file.relative for file in files)) if name[0] != "."]
+    foreign = [name for name in there if name not in begun]
+    if foreign and not {CONFIG, FOLDER, LATEST} & set(there):
+        raise ValueError(
+            f"{folder} is not a run folder: it holds {', '.join(foreign[:8])}"
+            f"{' ...' if len(foreign) > 8 else ''}, but neither {CONFIG} nor {FOLDER}/ nor "
+            f"{LATEST}. Choose another --storage or --name, or empty it."
+        )
+
+
+def _resolved(uri: str) -> PurePath:
+    """What tells whether two URIs lie in each other, whatever links lead there."""
+    path = storage.local_path(uri)
+    return PurePath(uri) if path is None else path.resolve()
 
 
 def move_aside(uri: str) -> str:

@@ -222,6 +222,59 @@ def test_a_fresh_start_that_cannot_be_made_leaves_the_old_run_in_its_place(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("data", None, r"make .*/data the run folder, and the dataset is at .*/link: neither may"),
+        ("link", None, r"make .*/link the run folder"),
+        ("inside", None, r"make .*/data/inside the run folder"),
+        ("around", None, r"make .* the run folder, and the dataset is at .*: neither may hold"),
+        ("artifact", "config.json", r"artifact is not a run folder: it holds config.json, but nei"),
+        ("evaluation", "features/part.parquet", r"evaluation is not a run folder: it holds featur"),
+    ],
+)
+@pytest.mark.parametrize("changes", [{"fresh": True}, {}, {"fresh": True, "dry_run": True}])
+def test_a_folder_that_is_no_run_s_is_neither_moved_nor_written_to(
+    tiny_dataset, tmp_path, monkeypatch, name: str, file: str | None, message: str, changes: dict
+):
+    monkeypatch.setattr(train.runtime, "connect", lambda: pytest.fail("Ray was asked"))
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    (tmp_path / "link").symlink_to("data")
+    if file:
+        (tmp_path / name / file).parent.mkdir(parents=True)
+        (tmp_path / name / file).write_text("theirs")
+    store = {"inside": tmp_path / "data", "around": tmp_path.parent}.get(name, tmp_path)
+    run = tmp_path.name if name == "around" else name
+    config = config_for(tmp_path / "link", store, run, **changes)
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(ValueError, match=message):
+        train.run(config)
+
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "left",
+    [(), ("writer/00001.json",), ("writer/00001.json", "ray/a", ".saving-0/b"),
+     ("config.yaml", "notes.txt"), ("checkpoints/step_00000001/meta.json",), ("latest.json",)],
+)  # fmt: skip
+def test_whatever_a_killed_run_left_is_a_run_s_folder(tiny_dataset, tmp_path, left: tuple):
+    for file in left:
+        (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / file).touch()
+
+    train.check_ours(config_for(tiny_dataset, tmp_path, "run"))
+
+
+def test_a_run_in_a_bucket_may_not_lie_in_the_dataset_s_folder(tiny_dataset):
+    config = config_for(tiny_dataset, Path("runs"), "run")
+
+    for data, store in (("s3://bkt/a", "s3://bkt/a/"), ("s3://bkt/a/run/b", "s3://bkt/a")):
+        with pytest.raises(ValueError, match="make s3://bkt/a/run the run folder, and the dataset"):
+            train.check_ours(config.model_copy(update={"data": data, "storage": store}))
+
+
 def test_resume_goes_on_only_where_there_is_a_run(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train.runtime, "connect", lambda: pytest.fail("Ray was asked"))
     config = config_for(tiny_dataset, tmp_path, "other", total_images=32, resume=True)
