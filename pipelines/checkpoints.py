@@ -45,6 +45,7 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
@@ -198,8 +199,8 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
     Raises:
         FileNotFoundError: latest.json names a checkpoint, or metrics.jsonl tells of one, but none
             is complete.
-        ValueError: every checkpoint is damaged; or a run was begun there with other options, and
-            has saved nothing yet.
+        ValueError: every checkpoint is damaged; or a run was begun there with other options, or
+            with some that cannot be read, and has saved nothing yet.
     """
     uri = storage.join(run, LATEST)
     if storage.exists(uri):
@@ -224,7 +225,7 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
     begun = storage.join(run, CONFIG)
     if not storage.exists(begun):
         return
-    there = flat(yaml.safe_load(storage.read_bytes(begun)))
+    there = flat(_read_config(begun).model_dump(mode="json"))
     told = told_images(run)
     # One save may still be in work when the next is due; no run goes further than that.
     if told >= min(2 * there["checkpoint_every_images"], there["total_images"]):
@@ -240,6 +241,25 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
             f"cannot begin at {run}: a run was begun there that has saved nothing yet, and "
             f"{differing}. {NOT_ANOTHER}"
         )
+
+
+def _read_config(uri: str) -> TrainConfig:
+    """The config that a run began with.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    try:
+        return TrainConfig.model_validate(yaml.safe_load(storage.read_bytes(uri)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+    except (ValueError, yaml.YAMLError) as error:
+        why = _cause(error)
+    raise ValueError(
+        f"{uri} is not the config of a run that this version reads ({why}): bring the run's own "
+        "back, choose another --name, or add --fresh to start over beside what is there."
+    )
 
 
 def told_images(run: str) -> int:

@@ -186,6 +186,34 @@ def test_a_run_that_saved_nothing_yet_is_not_begun_again_as_another_one(tiny_dat
     assert fit(config_for(tiny_dataset, tmp_path), LocalContext()).images_seen == 160
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"foo: 1\n", "foo: Extra inputs are not permitted"),
+        (b"seed: -1\n", "seed: Input should be greater than or equal to 0"),
+        (b"", "the whole: Input should be a valid dictionary"),
+        (b"- a\n", "the whole: Input should be a valid dictionary"),
+        (b"a: [\n", "while parsing a flow node"),
+        (b"seed: 1\0", "special characters are not allowed"),
+        (b"\xff\xfe\xfa", "unacceptable character #x00fa"),
+        (b"a: 2026-13-45\n", "month must be in 1..12"),
+    ],
+)
+def test_a_config_of_a_run_that_cannot_be_read_is_named_and_kept(
+    tiny_dataset, tmp_path, content: bytes, why: str
+):
+    file = tmp_path / "run/config.yaml"
+    file.parent.mkdir()
+    file.write_bytes(content)
+
+    with pytest.raises(ValueError, match=re.escape(why)) as error:
+        fit(config_for(tiny_dataset, tmp_path), LocalContext())
+
+    assert str(error.value).startswith(f"{file} is not the config of a run that this version reads")
+    assert "choose another --name, or add --fresh" in str(error.value)
+    assert file.read_bytes() == content
+
+
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_at_image_0(tiny_dataset, tmp_path):
     config = config_for(tiny_dataset, tmp_path, total_images=32)
     fit(config, LocalContext())
