@@ -263,12 +263,29 @@ def _read_config(uri: str) -> TrainConfig:
 
 
 def told_images(run: str) -> int:
-    """Images seen at the last whole line of metrics.jsonl; 0 if there is none."""
-    try:
-        lines = storage.read_bytes(storage.join(run, METRICS)).rpartition(b"\n")[0].splitlines()
-        return int(json.loads(lines[-1])["images_seen"]) if lines else 0
-    except (FileNotFoundError, ValueError):
-        return 0
+    """Images seen at the last line of metrics.jsonl that can be read; 0 if there is none."""
+    lines = metrics_lines(run)
+    return lines[-1][0] if lines else 0
+
+
+def metrics_lines(run: str) -> list[tuple[int, bytes]]:
+    """Lines of metrics.jsonl, each after its images_seen.
+
+    Those that cannot be read are left out: a machine that lost its power, or a full disk, leaves
+    them, and no run may end by what only tells of it.
+    """
+    uri, found, unread = storage.join(run, METRICS), [], 0
+    if not storage.exists(uri):
+        return []
+    lines = storage.read_bytes(uri).splitlines(keepends=True)
+    for line in (line for line in lines if line.endswith(b"\n")):  # a kill may cut the last one
+        try:
+            found.append((int(json.loads(line)["images_seen"]), line))
+        except (ValueError, KeyError, TypeError):
+            unread += 1
+    if unread:
+        logger.warning("%s: %d damaged lines are left out", uri, unread)
+    return found
 
 
 def newest(run: str) -> Checkpoint | None:

@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines import storage
-from pipelines.checkpoints import CONFIG, METRICS
+from pipelines.checkpoints import CONFIG, METRICS, metrics_lines
 from pipelines.config import TrainConfig
 from pipelines.trackers import Outbox, open_trackers
 
@@ -57,7 +57,9 @@ class Journal:
         storage.write_bytes(storage.join(run, CONFIG), text.encode())
 
         self.metrics = self.folder / METRICS
-        storage.write_bytes(str(self.metrics), b"".join(kept_lines(run, images_seen)))
+        # What came after the checkpoint will be computed again.
+        kept = [line for seen, line in metrics_lines(run) if seen <= images_seen]
+        storage.write_bytes(str(self.metrics), b"".join(kept))
         self.events = SummaryWriter(
             self.folder / "tensorboard", purge_step=images_seen + 1 if images_seen else None
         )
@@ -159,13 +161,3 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
         elif name != "images_seen" and value is not None:
             flat[name] = value
     return flat
-
-
-def kept_lines(run: str, images_seen: int) -> list[bytes]:
-    """Lines of metrics.jsonl up to a checkpoint; what came after will be computed again."""
-    uri = storage.join(run, METRICS)
-    if not images_seen or not storage.exists(uri):
-        return []
-    lines = storage.read_bytes(uri).splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]  # a kill may cut the last one
-    return [line for line in whole if json.loads(line)["images_seen"] <= images_seen]

@@ -231,12 +231,29 @@ def test_a_run_that_lost_its_checkpoints_and_all_that_names_them_is_known_by_its
     fit(config, LocalContext())
     shutil.rmtree(tmp_path / "run/checkpoints")
     (tmp_path / "run/latest.json").unlink()
+    with (tmp_path / "run/metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 100 + b"\n")  # as a machine leaves it that lost its power
     lines = (tmp_path / "run/metrics.jsonl").read_bytes()
 
     with pytest.raises(FileNotFoundError, match=r"metrics.jsonl tells of 160 images, .*--fresh"):
         fit(config, LocalContext())
 
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines
+
+
+def test_lines_of_metrics_that_cannot_be_read_stop_no_run(tiny_dataset, tmp_path, caplog):
+    config = config_for(tiny_dataset, tmp_path, total_images=32)
+    fit(config, LocalContext())
+    file = tmp_path / "run/metrics.jsonl"
+    texts = ("\0" * 100, "", "\udcff", '{"loss": 1', "[1]", '{"loss": 1}', '{"images_seen": null}')
+    bad = [text.encode(errors="surrogateescape") for text in texts]
+    file.write_bytes(b"\n".join([*bad, *file.read_bytes().splitlines(), *bad, b'{"torn']))
+
+    result = fit(config.model_copy(update={"total_images": 48}), LocalContext())
+
+    assert result.images_seen == 48
+    assert [line["images_seen"] for line in lines(config)] == [16, 32, 48]
+    assert caplog.text.count(f"{file}: 14 damaged lines are left out") == 1
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_image_0(tiny_dataset, tmp_path):
