@@ -267,15 +267,14 @@ class TrainConfig(StageConfig):
         fewest, most = int(low), int(high or low)
         if fewest > most:
             raise ValueError(f"workers {self.workers}: {fewest} is more than {most}")
+        if fewest == most:
+            self.split(fewest)
+            return [fewest]
         found = []
-        for number in range(fewest, most + 1):
-            try:
+        for number in range(fewest, min(most, self.loader.lanes) + 1):
+            with contextlib.suppress(ValueError):
                 self.split(number)
-            except ValueError:
-                if fewest == most:
-                    raise
-                continue
-            found.append(number)
+                found.append(number)
         if not found:
             raise ValueError(
                 f"workers {self.workers}: none of these numbers deals loader.lanes "

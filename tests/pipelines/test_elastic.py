@@ -302,6 +302,11 @@ def test_an_elastic_run_has_only_numbers_of_workers_that_share_evenly(tiny_datas
     assert world_sizes("2:8", **big) == [2, 4, 8]
     assert world_sizes("3:40", **big) == [4, 8, 16, 32]
     assert world_sizes("2", **big) == [2]
+    assert world_sizes("1:99999999999", **big) == [1, 2, 4, 8, 16, 32, 64]  # a worker has a lane
+    with pytest.raises(ValueError, match=r"workers 65:99999999999: none of these .*lanes 64"):
+        world_sizes("65:99999999999", **big)
+    with pytest.raises(ValueError, match="lanes 64 cannot be dealt evenly to 128 workers"):
+        world_sizes("128", **big)
     with pytest.raises(ValueError, match=r"workers 5:7: none of these numbers deals .*lanes 64"):
         world_sizes("5:7", **big)
     with pytest.raises(ValueError, match="workers 8:2: 8 is more than 2"):
