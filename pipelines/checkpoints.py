@@ -84,6 +84,10 @@ class SaveFailed(StageFailed):
     """A checkpoint could not be stored; the ones before it are whole."""
 
 
+class OtherFormat(ValueError):
+    """A checkpoint is whole, but of a later version of this package."""
+
+
 class Meta(Config):
     """What meta.json holds."""
 
@@ -289,7 +293,11 @@ def metrics_lines(run: str) -> list[tuple[int, bytes]]:
 
 
 def newest(run: str) -> Checkpoint | None:
-    """The newest complete checkpoint of a run folder; None if there is none."""
+    """The newest complete checkpoint of a run folder; None if there is none.
+
+    Raises:
+        OtherFormat: it is of a later version of this package.
+    """
     for folder, files in sorted(_folders(run).items(), reverse=True):
         uri = storage.join(run, FOLDER, folder)
         if META not in files:
@@ -297,6 +305,8 @@ def newest(run: str) -> Checkpoint | None:
             continue
         try:
             return _checked(uri, files)
+        except OtherFormat:  # an older checkpoint is no way to go on
+            raise
         except ValueError as error:
             logger.warning("%s: skipped", error)
     return None
@@ -323,11 +333,21 @@ def _checked(uri: str, files: Mapping[str, int]) -> Checkpoint:
     """The checkpoint of a folder that holds `files` (name -> bytes).
 
     Raises:
+        OtherFormat: it is of a later version of this package.
         ValueError: meta.json is none, or another file is missing or cut short.
     """
+    content: Any = None
     try:
-        meta = Meta.model_validate(storage.read_json(storage.join(uri, META)))
+        content = storage.read_json(storage.join(uri, META))
+        meta = Meta.model_validate(content)
     except ValueError as error:
+        here = Meta.model_fields["format_version"].default
+        match content:
+            case {"format_version": int(there)} if there > here:
+                raise OtherFormat(
+                    f"the checkpoint {uri} has format_version {there}, and this jit-on-ray reads "
+                    f"{here}: upgrade it to the version that wrote the checkpoint, or a later one."
+                ) from error
         raise ValueError(
             f"the checkpoint {uri} is damaged ({META}: {str(error).splitlines()[0]})"
         ) from error
@@ -342,7 +362,7 @@ def find(uri: str) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is no complete checkpoint.
-        ValueError: the one that was named is damaged.
+        ValueError: the one that was named is damaged, or one is of a later version.
     """
     if storage.exists(storage.join(uri, META)):
         return _checked(uri, {f.relative: f.bytes for f in storage.list_files(uri)})

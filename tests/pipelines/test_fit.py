@@ -313,6 +313,29 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_dataset, tmp_pa
     assert "step_00000004 is damaged" in caplog.text
 
 
+def test_a_checkpoint_of_a_later_version_is_neither_passed_over_nor_called_damaged(
+    tiny_dataset, tmp_path
+):
+    config = config_for(tiny_dataset, tmp_path, total_images=64)
+    fit(config, LocalContext())
+    newest = tmp_path / "run/checkpoints/step_00000004"
+    meta = json.loads((newest / "meta.json").read_text())
+    (newest / "meta.json").write_text(json.dumps(meta | {"format_version": 2, "more": []}))
+    before = sorted(tmp_path.rglob("*"))
+
+    for ask in (
+        lambda: fit(config, LocalContext()),  # not from step 2, which can be read
+        lambda: checkpoints.find(str(tmp_path / "run")),
+        lambda: checkpoints.find(str(newest)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"_00000004 has format_version 2, and .* reads 1: upg"
+        ):
+            ask()
+
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_metadata_that_would_execute_code_is_refused(tiny_dataset, tmp_path):
     fit(config_for(tiny_dataset, tmp_path, total_images=32), LocalContext())
     uri = tmp_path / "run/checkpoints/step_00000002"
