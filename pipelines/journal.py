@@ -60,9 +60,8 @@ class Journal:
         # What came after the checkpoint will be computed again.
         kept = [line for seen, line in metrics_lines(run) if seen <= images_seen]
         storage.write_bytes(str(self.metrics), b"".join(kept))
-        self.events = SummaryWriter(
-            self.folder / "tensorboard", purge_step=images_seen + 1 if images_seen else None
-        )
+        # At image 0, too: a run that was killed before its first checkpoint has points already.
+        self.events = SummaryWriter(self.folder / "tensorboard", purge_step=images_seen + 1)
         self.trackers = Outbox(open_trackers(run, config, str(self.folder)))
         self._copied: dict[Path, int] = {}
         # One thread, so that a slow store delays no step, and all goes in turn.

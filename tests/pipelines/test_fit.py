@@ -61,6 +61,18 @@ def test_a_run_killed_three_times_ends_bit_equal_to_an_unbroken_one(tiny_dataset
     assert scalars(tmp_path / "broken")["train/loss"] == [48, 96, 144, 160]
 
 
+def test_a_run_killed_before_its_first_checkpoint_says_nothing_twice(tiny_dataset, tmp_path):
+    config = config_for(tiny_dataset, tmp_path, total_images=64, checkpoint_every_images=64)
+    for images in (48, 32):  # after lines were written
+        with pytest.raises(Killed):
+            fit(config, KilledAt(images))
+
+    fit(config, LocalContext())
+
+    assert [line["images_seen"] for line in lines(config)] == [16, 32, 48, 64]
+    assert scalars(tmp_path / "run")["train/loss"] == [16, 32, 48, 64]
+
+
 def test_the_run_folder_holds_what_the_design_says(tiny_dataset, tmp_path, caplog):
     config = config_for(tiny_dataset, tmp_path, grid_every_images=96, keep_checkpoints=2)
     run = tmp_path / "run"
