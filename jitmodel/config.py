@@ -194,6 +194,17 @@ class SamplerConfig(Config):
     """Open interval of time in which guidance applies; a minimum of 0 includes t = 0."""
 
 
+def _once_each(decays: tuple[float, ...]) -> tuple[float, ...]:
+    doubles = [decay for i, decay in enumerate(decays) if decay in decays[:i]]
+    if doubles:
+        raise ValueError(f"{doubles[0]:g} is there more than once: name each decay once")
+    return decays
+
+
+Decays = Annotated[tuple[Probability, ...], AfterValidator(_once_each)]
+"""Of several moving averages."""
+
+
 class OptimizerConfig(Config):
     """AdamW, its schedule, and the EMAs that follow it (Table 9)."""
 
@@ -209,5 +220,5 @@ class OptimizerConfig(Config):
     """After warm-up: the paper keeps the rate; cosine falls to 0 at the run's last image."""
     grad_clip: PositiveFloat | None = None
     """Largest global gradient norm; the paper does not clip."""
-    ema_decays: tuple[Probability, ...] = (0.9996, 0.9998, 0.9999)
+    ema_decays: Decays = (0.9996, 0.9998, 0.9999)
     """Decays of the moving averages, per optimizer step, kept side by side."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
+from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig, SamplerConfig
 from jitmodel.model import JiT
 
 
@@ -55,6 +55,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
         (SamplerConfig, {"steps": 0}, "greater than or equal to 1"),
         (SamplerConfig, {"cfg_scale": float("nan")}, "finite number"),
         (SamplerConfig, {"cfg_interval": (0.5, 0.2)}, "not 0 <= low < high <= 1"),
+        (OptimizerConfig, {"ema_decays": (0.5, 0.9, 0.9)}, "0.9 is there more than once: name"),
         (FlowConfig, {"t_eps": 0.0}, "greater than 0"),
         (FlowConfig, {"loss": "eps"}, "Input should be 'x', 'e' or 'v'"),
     ],
