@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before what is slow to import: `--help` shall not 
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -43,7 +44,14 @@ def describe(uri: str) -> list[str]:
         raise FileNotFoundError(storage.NOTHING_THERE.format(uri=uri))
     for name, look in KINDS:
         if storage.exists(storage.join(uri, name)):
-            return look(uri)
+            try:
+                return look(uri)
+            except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+                what = " ".join(str(error).split())
+                raise ValueError(
+                    f"{storage.join(uri, name)}, or a file beside it, is damaged or of another "
+                    f"version: {type(error).__name__} {what}"
+                ) from error
     folders, files = storage.list_folder(uri)
     there = [f"{folder}/" for folder in folders] + [file.relative for file in files]
     raise FileNotFoundError(
@@ -91,11 +99,7 @@ def _preparation(uri: str) -> list[str]:
 
 def _run(uri: str) -> list[str]:
     config = yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml")))
-    metrics = storage.join(uri, "metrics.jsonl")
-    text = storage.read_bytes(metrics).decode() if storage.exists(metrics) else ""
-    # The last line may be torn by a kill; whole ones end.
-    steps = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    steps = [line for line in steps if "loss" in line]
+    steps = [line for line in _metrics(uri) if "loss" in line]
     seen = steps[-1]["images_seen"] if steps else 0
     total = config["total_images"]
     lines = [f"run folder: {seen:,} of {total:,} images ({seen / total:.0%})"]
@@ -110,12 +114,21 @@ def _run(uri: str) -> list[str]:
         lines.append(f"  newest checkpoint: {where}")
     else:
         lines.append("  no checkpoint yet")
-    for name in sorted(_files(uri, "validations"))[-3:]:
-        if name.endswith(".json") and (score := _json(uri, "validations", name)):
-            lines.append(
-                f"  {score['metric']} {score['value']:.4g} at {score['images_seen']:,} images"
-            )
+    scores = [name for name in _files(uri, "validations") if name.startswith("step_")]
+    for name in sorted(scores)[-3:]:
+        score = _json(uri, "validations", name)
+        lines.append(f"  {score['metric']} {score['value']:.4g} at {score['images_seen']:,} images")
     return lines
+
+
+def _metrics(uri: str) -> list[dict[str, Any]]:
+    """Whole lines of metrics.jsonl: a kill may have torn the last, a lost power any."""
+    place = storage.join(uri, "metrics.jsonl")
+    found: list[dict[str, Any]] = []
+    for line in storage.read_bytes(place).splitlines() if storage.exists(place) else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _checkpoint(uri: str) -> list[str]:

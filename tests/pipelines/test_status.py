@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,22 @@ def test_an_artifact_and_a_half_done_evaluation_say_what_they_are(half: str, tmp
 
     assert describe(artifact)[0] == "artifact: 28 px, patch 14, width 32, depth 2, 10 classes"
     assert describe(output)[0] == "evaluation folder, not finished: 1 of 2 chunks of 40 images"
+
+
+def test_damaged_files_of_a_run_are_left_out_or_named(half: str, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    before = describe(str(run))
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(bytes(7) + b"\n\n")
+    (run / "validations").mkdir()
+    (run / "validations" / "judging.json").write_text('{"step": 4}')
+    assert describe(str(run)) == before
+
+    for content in ("", "foo: 1", "[1", "- 1"):
+        (run / "config.yaml").write_text(content)
+        assert cli.main(["status", str(run)]) == 2
+        assert f"error: {run}/config.yaml, or a file beside it, is dam" in capsys.readouterr().err
 
 
 def test_what_no_stage_wrote_is_one_line_that_says_what_is_there(tmp_path: Path, capsys):
