@@ -80,7 +80,7 @@ VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 LEFT_OUT = -2
 """The label of what is of a class that a class list does not name."""
 SAMPLE_LABELS = ("cls", "json")
-LABEL_BYTES = 2**23
+LABEL_BYTES = 2**20
 """Most bytes of one of these: a .json may hold much beside a label, such as an embedding."""
 JSON_LABELS = ("label", "cls", "class", "class_id")
 """Keys of a WebDataset's JSON that may hold the label, the first one found counts."""
@@ -822,7 +822,7 @@ def _is_damage(error: OSError | pa.ArrowException) -> bool:
     It has one kind for both, but those of a store came through `storage`, and have a cause.
     """
     if isinstance(error, pa.ArrowException):
-        return True
+        return not isinstance(error, MemoryError)  # which says nothing of the file
     return type(error) is OSError and error.__cause__ is None
 
 

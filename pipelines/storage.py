@@ -496,10 +496,10 @@ def end_uploads(uri: str) -> None:
                     abort = functools.partial(_client().abort_multipart_upload, Bucket=bucket)
                     with contextlib.suppress(FileNotFoundError):  # it has just ended
                         _send(uri, functools.partial(abort, **which))
-            if not page.get("IsTruncated"):
+            if not page.get("IsTruncated") or "NextKeyMarker" not in page:
                 return
             request["KeyMarker"] = page["NextKeyMarker"]
-            request["UploadIdMarker"] = page["NextUploadIdMarker"]
+            request["UploadIdMarker"] = page.get("NextUploadIdMarker", "")
     except OSError as error:
         logger.warning("parts of files that were never finished may be left: %s", error)
 

@@ -370,7 +370,7 @@ def test_a_label_is_found_in_a_long_json_and_one_that_is_too_long_is_told(tmp_pa
     (tmp_path / "web.tar").write_bytes(tar(members))
     refs, _ = found(str(tmp_path / "web.tar"), tmp_path)
     assert [(ref.label, ref.problem) for ref in refs] == [
-        (3, None), (-1, "its .json is longer than 8 MiB"), (2, None)
+        (3, None), (-1, "its .json is longer than 1 MiB"), (2, None)
     ]  # fmt: skip
 
 
