@@ -140,7 +140,7 @@ def load_model(source: Source, device: str | torch.device = "cpu") -> JiT:
         model = load_artifact(folder, device)
         info = read_info(folder)
         _check_same(source, info.weights_sha256 or sha256_file(folder / WEIGHTS))
-        if info.flow != source.info.flow:
+        if (info.model, info.flow) != (source.info.model, source.info.flow):
             raise ValueError(f"{CONFIG} of {source.uri} has changed: {AGAIN_ELSEWHERE}")
         return model
     found = checkpoints.find(source.uri)
