@@ -6,6 +6,8 @@ import asyncio
 import math
 import re
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +50,22 @@ async def settled(server: Server) -> None:
         await asyncio.gather(*server._tasks)
 
 
+@asynccontextmanager
+async def client_of(server: Server, wish: dict[str, Any]) -> AsyncIterator[httpx.AsyncClient]:
+    """Who asks a server that has been told what to serve."""
+    app = server.__serve_build_asgi_app__()
+    await server.reconfigure(wish)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        yield client
+
+
 def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_path: Path):
     first, second = make_artifact(tmp_path / "a", 1), make_artifact(tmp_path / "b", 2)
 
     async def story() -> None:
         server = Server(CONFIG)
-        app = server.__serve_build_asgi_app__()
-        await server.reconfigure({"model": str(tmp_path / "a")})
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        async with client_of(server, {"model": str(tmp_path / "a")}) as client:
 
             async def draw(**asked: Any) -> str:
                 body = {"prompt": "0", **asked}
@@ -100,10 +109,7 @@ def test_the_images_of_every_engine_count_while_old_ones_drain(
         meter, live = server.meter, server.live
         monkeypatch.setattr(meter.images, "inc", lambda more: seen.update(images=more))
         monkeypatch.setattr(meter.used, "set", lambda now: seen.update({f"{now} used": 1}))
-        app = server.__serve_build_asgi_app__()
-        await server.reconfigure({"model": str(tmp_path / "a")})
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        async with client_of(server, {"model": str(tmp_path / "a")}) as client:
 
             async def draw(steps: int) -> None:
                 body = {"prompt": "0", "num_inference_steps": steps}
@@ -142,10 +148,7 @@ def test_a_replica_that_refuses_for_want_of_time_asks_for_another(tmp_path: Path
 
     async def story() -> None:
         server = Server(CONFIG)
-        app = server.__serve_build_asgi_app__()
-        await server.reconfigure({"model": str(tmp_path / "a")})
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        async with client_of(server, {"model": str(tmp_path / "a")}) as client:
             engine = server.live.service.engine
             body = {"prompt": "0", "num_inference_steps": 10_000}
             endless = asyncio.create_task(client.post("/v1/images/generations", json=body))
@@ -246,10 +249,7 @@ def test_an_edited_config_is_another_artifact_with_names_links_and_a_copy_of_its
 
     async def story() -> None:
         server = Server(CONFIG)
-        app = server.__serve_build_asgi_app__()
-        await server.reconfigure(wish)
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        async with client_of(server, wish) as client:
             body = {"prompt": "0", "response_format": "url"}
             link = (await client.post("/v1/images/generations", json=body)).json()["data"][0]["url"]
             server.live.kept.files.clear()
