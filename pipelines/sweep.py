@@ -612,9 +612,10 @@ def evaluate_winner(sweep: Sweep, cell: Cell, crew: Crew) -> dict[str, Any]:
     """
     job, config = sweep.winner_job(cell)
     found = _whole(storage.join(job.output, REPORT), REPORT_FIELDS)
-    if found and dict(found["identity"]).keys() >= IDENTITY_FIELDS:
-        is_same = _wanted(sweep, job).items() <= found["identity"].items()
-        is_kept = dict(found["config"]).get("keep_images") == config.keep_images
+    about, asked = ((found or {}).get(name) for name in ("identity", "config"))
+    if found and isinstance(about, dict) and isinstance(asked, dict):
+        is_same = about.keys() >= IDENTITY_FIELDS and (_wanted(sweep, job).items() <= about.items())
+        is_kept = asked.get("keep_images") == config.keep_images
         if is_same and is_kept and not missing_chunks(job):
             return found
     for _, failure in crew.draw(sweep, [job]):

@@ -253,6 +253,10 @@ def test_a_winner_of_another_size_is_drawn_from_the_cells_that_are_there(
         ("winner/*/report.json", ""),
         ("winner/*/report.json", "[]"),
         ("winner/*/report.json", '{"metrics": {}, "warnings": [], "identity": {}, "config": {}}'),
+        (
+            "winner/*/report.json",
+            '{"metrics": {}, "warnings": [], "identity": null, "config": 1}',
+        ),
         ("cells/*/cell.json", None),
     ],
 )
