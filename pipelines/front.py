@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +38,15 @@ ATTEMPTS = 3
 PROBE_TIMEOUT_S = 3.0
 """A probe is answered within this time; other requests wait for a replica as Ray lets them."""
 HEALTH = "/-/healthz"
+OBEYED = {
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+    b"x-session-id",
+    b"serve-multiplexed-model-id",
+}
+"""Headers by which a client could tell Ray's proxy what to do: how long to wait, whom to ask."""
+NOTED = {b"x-request-id", b"traceparent"}
+"""Headers that Ray notes down; its proxy fails at one that is not text."""
 OF_RAY = {  # status of Ray's -> ours, with what it means
     404: (503, "the server is starting, or is being replaced"),
     408: (504, "the server did not answer in time"),
@@ -135,6 +145,17 @@ async def read_body(body: AsyncIterator[bytes]) -> bytes:
     return read
 
 
+def harmless(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers without those by which a client commands Ray's proxy, or breaks it."""
+
+    def passes(name: bytes, value: bytes) -> bool:
+        plain = name.lower().replace(b"_", b"-")  # as Ray compares them
+        noted = plain not in NOTED or re.fullmatch(rb"[!-~]{1,128}", value) is not None
+        return plain not in OBEYED and noted
+
+    return [(name, value) for name, value in headers if passes(name, value)]
+
+
 class Front:
     """The middleware."""
 
@@ -145,6 +166,7 @@ class Front:
         """One request; it is reported here unless a replica answered, which does so itself."""
         if scope["type"] != "http" or scope["path"] == HEALTH:
             return await self.app(scope, receive, send)
+        scope = {**scope, "headers": harmless(scope["headers"])}
         record = RequestRecord(method=scope["method"][:20], path=scope["path"][:200])
         began = time.monotonic()
         answered = await self._answer(scope, receive, send, record)

@@ -124,6 +124,34 @@ def test_a_body_that_is_too_large_or_too_slow_never_reaches_a_replica(
     assert proxy.bodies == []
 
 
+def test_a_client_cannot_command_the_proxy_by_headers_nor_break_it():
+    commands = [
+        ("x-request-timeout-seconds", "0"),
+        ("X_Request_Timeout_Seconds", "0"),
+        ("x-request-disconnect-disabled", "?1"),
+        ("x-session-id", "mine"),
+        ("serve_multiplexed_model_id", "other"),
+        ("x-request-id", b"\xff"),
+        ("traceparent", b"\xff"),
+    ]
+    seen: list[Any] = []
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(scope["headers"])
+        await JSONResponse({})(scope, receive, send)
+
+    kept = [("x-request-id", "run-7"), ("authorization", "Bearer abc"), ("x-other", "kept")]
+    TestClient(Front(proxy)).get("/", headers=[*commands, *kept])
+
+    of_client = {name: value for name, value in seen if name.startswith((b"x", b"a", b"t", b"s"))}
+    del of_client[b"accept"], of_client[b"accept-encoding"]
+    assert of_client == {
+        b"x-request-id": b"run-7",
+        b"authorization": b"Bearer abc",
+        b"x-other": b"kept",
+    }
+
+
 def test_a_client_that_left_is_not_served_again():
     async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
         calls.append(1)

@@ -272,7 +272,8 @@ def test_a_started_server_draws_for_the_openai_client(
         asked = {"prompt": "boot", "n": 8, "num_inference_steps": 10_000}
         header = {"Authorization": "Bearer the key"}
         with contextlib.suppress(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/images/generations", json=asked, headers=header, timeout=0.5)
+            commands = {"X-Request-Disconnect-Disabled": "?1", **header}
+            httpx.post(f"{url}/v1/images/generations", json=asked, headers=commands, timeout=0.5)
         began = time.monotonic()
         client.images.generate(prompt="shirt", timeout=30)
         assert time.monotonic() - began < 10
@@ -284,7 +285,8 @@ def test_a_started_server_draws_for_the_openai_client(
         with pytest.raises(openai.APIStatusError) as large:
             client.images.generate(prompt="x" * 100_000)
         assert large.value.status_code == 413
-        assert httpx.get(f"{url}/readyz").json()["status"] == "ok"
+        commands = {"X-Request-Timeout-Seconds": "0.000001", "X-Request-Id": b"\xff"}
+        assert httpx.get(f"{url}/readyz", headers=commands).json()["status"] == "ok"
         assert httpx.get(f"{url}/-/routes").status_code == 404, "the front stands before the proxy"
         asked = {"prompt": "boot", "n": 17}
         refused = httpx.post(f"{url}/v1/images/generations", json=asked, headers=header)
