@@ -266,6 +266,8 @@ def memory() -> dict:
         rows.append(_memory_row("Parquet, one row group of 1.5 GB", got))
         got = prepared(one_page(folder / "page"), folder / "opage", image_size=512)
         rows.append(_memory_row("Parquet, the largest page that is read (a dictionary)", got))
+        got = prepared(long_labels(folder / "labels"), folder / "olabels", image_size=256)
+        rows.append(_memory_row("WebDataset, the longest labels that are read, 24 tars", got))
     return {"title": "Most memory (resident, MB)", "rows": rows}
 
 
@@ -385,6 +387,22 @@ def one_page(folder: Path) -> Path:
             for _ in range(sources.PAGE_BYTES // (size + 4))]  # fmt: skip
     folder.mkdir()
     pq.write_table(pa.table({"image": rows, "label": [0] * len(rows)}), folder / "a.parquet")
+    return folder
+
+
+def long_labels(folder: Path) -> Path:
+    """Tars whose photographs have the longest .json that is read, of many small objects."""
+    some = photographs()
+    folder.mkdir()
+    filler = "[]," * ((sources.LABEL_BYTES - 40) // 3)
+    label = f'{{"label": 0, "x": [{filler}0]}}'.encode()
+    for number in range(24):
+        with tarfile.open(folder / f"{number:02d}.tar", "w") as tar:
+            for i in range(10):
+                for ending, content in (("jpg", some[i % len(some)]), ("json", label)):
+                    member = tarfile.TarInfo(f"{number:02d}-{i:04d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
     return folder
 
 
