@@ -194,7 +194,10 @@ def _crop(img: object) -> object:
 
 
 def web_dataset(folder: Path, crops: list[np.ndarray]) -> Batches:
-    """Tars of raw pixels, two shards for each worker, a shuffle buffer of 1000."""
+    """Tars of raw pixels, two shards for each worker, a shuffle buffer of 1000.
+
+    The pipeline makes the batches itself, as its documentation advises.
+    """
     import webdataset
 
     folder.mkdir()
@@ -206,16 +209,14 @@ def web_dataset(folder: Path, crops: list[np.ndarray]) -> Batches:
                 tar.write({"__key__": f"{i:06d}", "raw": crop.tobytes(), "cls": i % len(crops)})
 
     urls = [str(folder / f"{shard}.tar") for shard in range(4)]
-    return lambda: torch.utils.data.DataLoader(
-        webdataset.WebDataset(urls, shardshuffle=4).shuffle(1000).map(_unpack),
-        BATCH,
-        num_workers=THREADS,
-    )
+    stream = webdataset.WebDataset(urls, shardshuffle=4).shuffle(1000).map(_unpack)
+    stream = stream.batched(BATCH, collation_fn=torch.utils.data.default_collate, partial=False)
+    return lambda: webdataset.WebLoader(stream, batch_size=None, num_workers=THREADS)
 
 
-def _unpack(sample: dict) -> tuple[np.ndarray, int]:
-    pixels = np.frombuffer(sample["raw"], np.uint8).reshape(SIZE, SIZE, 3)
-    return pixels, int(sample["cls"])
+def _unpack(sample: dict) -> tuple[torch.Tensor, int]:
+    pixels = torch.frombuffer(bytearray(sample["raw"]), dtype=torch.uint8)
+    return pixels.view(SIZE, SIZE, 3), int(sample["cls"])
 
 
 def lit_data(folder: Path, crops: list[np.ndarray]) -> Batches:
@@ -239,4 +240,5 @@ class _Samples:
         self.crops = crops
 
     def __call__(self, i: int) -> dict[str, object]:
-        return {"pixels": self.crops[i % len(self.crops)], "label": i % len(self.crops)}
+        pixels = torch.from_numpy(self.crops[i % len(self.crops)])
+        return {"pixels": pixels, "label": i % len(self.crops)}
