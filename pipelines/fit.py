@@ -11,6 +11,7 @@ unbroken run.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -185,7 +186,8 @@ def fit(config: TrainConfig, context: FitContext) -> FitResult:
             skips += 1
             skipped.add(error.images_seen)
             if context.rank == 0:
-                logger.warning("%s\nGoing back, and leaving this batch out.", error)
+                logger.warning("%s\nGoing back, and leaving this batch out.", str(error))
+        gc.collect()  # a sharded model has cycles, and a second one may not fit beside it
 
 
 def _fit(config: TrainConfig, context: FitContext, skipped: set[int]) -> FitResult:

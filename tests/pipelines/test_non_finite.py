@@ -1,6 +1,7 @@
 """A loss that is no number: every rank stops with one message, or all go back and leave it out."""
 
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from jitmodel.state import TrainState
 from pipelines import checkpoints
+from pipelines import fit as training
 from pipelines.fit import LocalContext, fit
 from pipelines.loader import Loader
 from pipelines.meter import NonFiniteLoss
@@ -113,6 +115,27 @@ def test_too_many_batches_without_a_number_stop_the_run_although_they_may_be_lef
 
     with pytest.raises(NonFiniteLoss, match="at step 4 "):
         fit(config, LocalContext())
+
+
+def test_going_back_frees_the_old_state_before_a_second_one_is_built(
+    tiny_dataset, tmp_path, poison, monkeypatch
+):
+    poison(PLACE)
+    build, built = training.build, list[weakref.ref]()
+
+    def watched(*args):
+        alive = [ref() for ref in built]
+        assert alive == [None] * len(built)
+        state = build(*args)
+        built.extend(weakref.ref(parameter) for parameter in state.model.parameters())
+        built.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(training, "build", watched)
+    config = config_for(tiny_dataset, tmp_path, non_finite="skip")
+    fit(config, LocalContext())
+
+    assert len(built) % 2 == 0 and len(built) > 20, "it was built twice"
 
 
 def test_a_line_waits_for_a_step_when_a_batch_is_left_out_right_after_a_checkpoint(
