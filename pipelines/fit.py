@@ -416,8 +416,9 @@ def averaged(state: TrainState, decay: float) -> Iterator[None]:
 
     @torch.no_grad()
     def swap() -> None:
-        if isinstance(state.model, FSDPModule):
-            state.model.reshard()  # the root keeps gathered weights after a forward pass
+        for part in state.model.modules():
+            if isinstance(part, FSDPModule):  # one may keep gathered weights after a forward pass
+                part.reshard()
         weights = local(state.ema.parameters.values())
         for weight, average in zip(weights, local(state.ema.averages[decay].values()), strict=True):
             kept = weight.clone()

@@ -410,6 +410,26 @@ def test_data_and_run_may_live_in_an_object_store(tiny_dataset, tmp_path, bucket
     assert storage.list_files(f"{bucket}/runs/whole/tensorboard")
 
 
+def test_drawing_a_grid_changes_no_weight_of_ranks_that_keep_gathered_weights(
+    tiny_dataset, tmp_path, free_port
+):
+    """Without resharding, no backward pass frees the EMA's weights that drawing has gathered."""
+    parallel = {"precision": "fp32", "reshard_after_forward": False}
+    drawn, undrawn = (
+        config_for(
+            tiny_dataset, tmp_path, name, grid_every_images=every,
+            checkpoint_every_images=160, parallel=parallel,
+        )
+        for name, every in (("drawn", 48), ("undrawn", 0))
+    )  # fmt: skip
+
+    run_on_ranks(free_port, drawn, undrawn)
+
+    expected = tensors(undrawn)
+    assert [name for name, found in tensors(drawn).items() if not found.equal(expected[name])] == []
+    assert len(list((tmp_path / "drawn/samples").iterdir())) == 4
+
+
 def test_two_sharded_ranks_equal_one_process_and_checkpoints_go_both_ways(
     tiny_dataset, tmp_path, free_port
 ):
