@@ -35,6 +35,8 @@ MAX_IMAGE_BYTES = 2**26
 MAX_DECODE_BYTES = 640_000_000
 """Most memory that decoding an image may take, or scaling it: enough for a plain RGB JPEG or PNG of
 MAX_PIXELS, which takes 7 bytes a pixel when it is halved."""
+MAX_METADATA_BYTES = 2**24
+"""Most bytes of Exif, comments and the like, of which Pillow keeps two or three more."""
 WEBP_COST = 17
 """Bytes a pixel that Pillow takes to decode WebP (measured): canvases, their copy, the image."""
 
@@ -66,6 +68,10 @@ def decode(image: bytes) -> Image.Image:
                 width, height = opened.size
                 if width * height > MAX_PIXELS:
                     raise BadImage(f"{width} x {height} is more than {MAX_PIXELS} pixels")
+                metadata = _metadata_bytes(opened)
+                if metadata > MAX_METADATA_BYTES:
+                    raise BadImage(f"{metadata} bytes beside its pixels (Exif, comments), more "
+                                   f"than {MAX_METADATA_BYTES}")  # fmt: skip
                 need = width * height * _decode_cost(opened, image)
                 _check_memory(need, f"decoding {width} x {height} pixels of {opened.format}")
                 if opened.mode == "RGB" and opened.format != "WEBP":  # whose decoder is as large
@@ -91,6 +97,12 @@ def refuse_bytes(length: int) -> None:
     """
     if length > MAX_IMAGE_BYTES:
         raise BadImage(f"a file of {length} bytes, more than the {MAX_IMAGE_BYTES} of an image")
+
+
+def _metadata_bytes(opened: ImageFile.ImageFile) -> int:
+    """Bytes that Pillow has read into memory beside the pixels."""
+    kept = [*opened.info.values(), *(content for _, content in getattr(opened, "applist", ()))]
+    return sum(len(found) for found in kept if isinstance(found, bytes | str))
 
 
 def _decode_cost(opened: ImageFile.ImageFile, image: bytes) -> int:

@@ -26,7 +26,7 @@ from PIL import features
 
 from jitmodel.config import ClassInfo, Config
 from pipelines import images, shards, sources, storage
-from pipelines.config import PrepareConfig
+from pipelines.config import PrepareConfig, StageFailed
 from pipelines.dataset_card import COLUMNS, card, contact_sheet, shown_classes
 from pipelines.deal import ids_of_shard
 from pipelines.index import Index, numbered_classes
@@ -473,7 +473,12 @@ def _publish(
 ) -> None:
     infos = [info for _, info in sorted(totals.infos.items())]
     counts, rejects = totals.counts, sorted(totals.rejects)
-    assert len(infos) == job.num_shards, (len(infos), job.num_shards)
+    if len(infos) != job.num_shards:
+        raise StageFailed(
+            f"{job.num_shards - len(infos)} of {job.num_shards} shards of {folder} were replaced "
+            "or removed by somebody else while this command wrote them: nothing else may write "
+            "there. The same command again writes them anew"
+        )
     if not counts.any():
         raise ValueError(f"not one image of {config.source} can be used: see {folder}/{WORK}")
     manifest = Manifest(

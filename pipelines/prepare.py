@@ -98,9 +98,14 @@ def run(config: PrepareConfig) -> None:
     output = storage.absolute(config.output)
     refuse_inside(output, storage.absolute(config.source))
     folders = folders_of(output, config.image_size)
+    # Another command may write just one of our sizes, whose folder it calls its output.
+    places = [output, *(folder for folder in folders.values() if folder != output)]
+    writers = [storage.join(place, WORK, "writer") for place in places]
     with tempfile.TemporaryDirectory(prefix="jit-") as temporary:
         index = Path(temporary) / INDEX_FILE
-        with lease.told_first(storage.join(output, WORK, "writer")):
+        with contextlib.ExitStack() as stack:
+            for place in writers:
+                stack.enter_context(lease.told_first(place))
             refuse_another(
                 output, folders, Request(**config.model_dump(include=set(Request.model_fields)))
             )
@@ -125,7 +130,8 @@ def run(config: PrepareConfig) -> None:
             return
         check_workers(config.workers)
         storage.check_writable(output)
-        with lease.claim(storage.join(output, WORK, "writer")) as held:
+        with contextlib.ExitStack() as stack:
+            held, *_ = [stack.enter_context(lease.claim(place)) for place in writers]
             if not is_finished(folders):
                 if not cheap:
                     list_tars(output, source, index)
@@ -136,6 +142,8 @@ def run(config: PrepareConfig) -> None:
                 refuse_replaced(config, job)
                 held.check()
                 publish(folders, classes, job, config)
+            for place in places[1:]:
+                storage.delete(storage.join(place, WORK))
         storage.delete(storage.join(output, WORK))
         for size, folder in folders.items():
             manifest = shards.read_manifest(folder)
@@ -478,7 +486,7 @@ class Progress:
         self.images += first.info.rows + len(first.rejects)
         self.bytes += entry.bytes
         self.shards += 1
-        if len(self.rejects) <= self.max_reject_fraction * self.job.num_images:
+        if len(self.rejects) / self.job.num_images <= self.max_reject_fraction:
             return
         reasons = Counter(reject.reason for reject in self.rejects).most_common(5)
         lines = [f"  {count} x {reason}" for reason, count in reasons]

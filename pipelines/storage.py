@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from array import array
@@ -203,6 +204,18 @@ def _refusal(uri: str) -> PermissionError | None:
     return None
 
 
+def _refuse_odd(path: Path) -> os.stat_result:
+    """The status of a file, which is no pipe, socket or device: to open one may wait for ever.
+
+    Raises:
+        OSError: it is one.
+    """
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file", str(path))
+    return found
+
+
 class Version(NamedTuple):
     """What tells a file from a later one of the same name."""
 
@@ -216,10 +229,11 @@ def version(uri: str) -> Version:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it is a pipe, socket or device.
     """
     path = local_path(uri)
     if path is not None:
-        found = path.stat()
+        found = _refuse_odd(path)
         return Version(found.st_size, str(found.st_mtime_ns))
     bucket, key = _bucket_key(uri)
     with honest_errors(uri):
@@ -311,10 +325,12 @@ def read_bytes(uri: str, first: int = 0, length: int | None = None) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it is a pipe, socket or device.
         ShortRead: it ended before `length` bytes were read.
     """
     path = local_path(uri)
     if path is not None:
+        _refuse_odd(path)
         with path.open("rb") as file:
             file.seek(first)
             found = file.read(-1 if length is None else length)
@@ -703,14 +719,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a file, or a link to nothing; not a pipe or device, which could block."""
-    try:
-        return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
-    except OSError:  # a link to itself
-        return True
-
-
 def _no_folder(uri: str) -> FileNotFoundError:
     return FileNotFoundError(f"no folder at {uri}: check the path, or what it is mounted from")
 
@@ -723,10 +731,7 @@ def _names(path: Path, uri: str) -> Iterator[bytes]:
         raise NotADirectoryError(f"{uri} is a file, not a folder")
     with os.scandir(path) as entries:
         for entry in entries:
-            if _is_folder(entry):
-                yield os.fsencode(f"{entry.name}/")
-            elif _is_file(entry):
-                yield os.fsencode(entry.name)
+            yield os.fsencode(f"{entry.name}/" if _is_folder(entry) else entry.name)
 
 
 def _listed(uri: str, **request: str) -> Iterator[FileEntry]:

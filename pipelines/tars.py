@@ -21,6 +21,8 @@ BLOCK = 512
 WINDOW = 4096
 """Bytes that are read at once: a header, and often a small member and the next header."""
 ZERO = bytes(BLOCK)
+RECORD = 20 * BLOCK
+"""Writers fill an archive up to a multiple of it."""
 LONGEST_NAME = 2**16
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """How gzip, bzip2, xz and Zstandard begin."""
@@ -49,7 +51,8 @@ def members(ranges: storage.Ranges, first: int = 0, length: int | None = None) -
         length: its bytes; None for all of the file.
 
     Raises:
-        ValueError: it is no tar archive, is damaged, or ends in the middle of a member.
+        ValueError: it is no tar archive, is damaged, ends without the empty blocks that end an
+            archive, or goes on behind them.
     """
     end = ranges.size if length is None else first + length
     if end > ranges.size:
@@ -61,6 +64,17 @@ def members(ranges: storage.Ranges, first: int = 0, length: int | None = None) -
             window, start = ranges.read(place, min(WINDOW, end - place)), place
         block = window[place - start : place - start + BLOCK]
         if block == ZERO:
+            follows = window[place - start + BLOCK :][:BLOCK]
+            if len(follows) < BLOCK:
+                follows = ranges.read(place + BLOCK, min(BLOCK, end - place - BLOCK))
+            behind = first + -(-(place + BLOCK - first) // RECORD) * RECORD
+            if behind < end:
+                follows += ranges.read(behind, min(BLOCK, end - behind))
+            if follows.strip(b"\0"):
+                raise ValueError(
+                    f"{ranges.uri} goes on behind the empty block at byte {place}: it was not "
+                    "copied whole, or is several archives in one file"
+                )
             return
         size = _size(ranges.uri, place, block)
         kind, data = block[156:157], place + BLOCK
@@ -70,6 +84,11 @@ def members(ranges: storage.Ranges, first: int = 0, length: int | None = None) -
             size = _decimal(pax[b"size"])
         if size < 0:  # would lead back, for ever
             raise ValueError(f"{ranges.uri}: the header at byte {place} has no size: it is damaged")
+        if kind == b"S":  # lists of its pieces, before its content and not counted in its size
+            more = block[482:483]
+            while more not in (b"", b"\0"):
+                more = ranges.read(data, BLOCK)[504:505]
+                data += BLOCK
         place = data + (size + BLOCK - 1) // BLOCK * BLOCK
         if data + size > end:
             raise ValueError(
@@ -77,11 +96,10 @@ def members(ranges: storage.Ranges, first: int = 0, length: int | None = None) -
                 "whole"
             )
         if kind in b"xgLK":
-            content = ranges.read(data, min(size, LONGEST_NAME))
             if kind == b"L":
-                name = content.rstrip(b"\0")
+                name = ranges.read(data, min(size, LONGEST_NAME)).rstrip(b"\0")
             elif kind == b"x":
-                pax = _pax(content)
+                pax = _pax(ranges, data, data + size)
             continue
         raw = pax.get(b"path") or name or _name(block)
         name, pax = b"", {}
@@ -92,6 +110,11 @@ def members(ranges: storage.Ranges, first: int = 0, length: int | None = None) -
         if ".." in text.split("/"):
             problem = "its name leads out of the archive"
         yield Member(posixpath.normpath(text), data, size, problem)
+    if end > first:
+        raise ValueError(
+            f"{ranges.uri} lacks the empty blocks that end an archive, at byte {end}: it was not "
+            "copied whole"
+        )
 
 
 def _size(uri: str, place: int, block: bytes) -> int:
@@ -120,16 +143,27 @@ def _name(block: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
-def _pax(content: bytes) -> dict[bytes, bytes]:
-    """Records of the form "25 path=some/long/name\\n", where 25 counts all of it."""
+def _pax(ranges: storage.Ranges, place: int, end: int) -> dict[bytes, bytes]:
+    """Records of the form "25 path=some/long/name\\n", where 25 counts all of it.
+
+    The value of one that is longer than any name is cut.
+    """
     found = {}
-    while content:
-        digits, _, _ = content.partition(b" ")
-        if not 0 < _decimal(digits) <= len(content):
+    content, start = b"", place
+    while place < end:
+        record = content[place - start :]
+        digits, _, _ = record.partition(b" ")
+        length = _decimal(digits)
+        is_first = place == start and content
+        if not is_first and not 0 < length <= len(record):  # cut off: read on from its beginning
+            content, start = ranges.read(place, min(LONGEST_NAME, end - place)), place
+            if content:
+                continue
+        if not len(digits) < length <= end - place:
             break
-        key, _, value = content[len(digits) + 1 : int(digits) - 1].partition(b"=")
+        key, _, value = record[len(digits) + 1 : length - 1].partition(b"=")
         found[key] = value
-        content = content[int(digits) :]
+        place += length
     return found
 
 

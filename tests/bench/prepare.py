@@ -330,6 +330,7 @@ def _flat_tar(folder: Path, count: int) -> tuple[Path, str]:
     with (folder / "flat.tar").open("wb") as file:
         for i in range(count):
             file.write(tarfile.TarInfo(f"{i:08d}.JPEG").tobuf(tarfile.GNU_FORMAT))
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
     return folder / "flat.tar", "one"
 
 
@@ -480,6 +481,7 @@ def requests() -> dict:
                 info = tarfile.TarInfo(f"{i:08d}.JPEG")
                 info.size = MEMBER_BYTES
                 file.write(info.tobuf(tarfile.GNU_FORMAT) + bytes(-(-info.size // 512) * 512))
+            file.write(bytes(2 * tarfile.BLOCKSIZE))
         storage.write_bytes("s3://bucket/flat.tar", (Path(name) / "flat.tar").read_bytes())
         source = sources.open_source("s3://bucket/flat.tar", "one")
         rows = []

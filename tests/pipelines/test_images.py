@@ -212,6 +212,20 @@ def test_a_jpeg_of_one_scan_for_each_band_is_taken_for_what_it_holds(
         decode(plain[:place] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + plain[place + 14 :])
 
 
+def test_an_image_with_megabytes_beside_its_pixels_is_refused_for_pillow_keeps_them() -> None:
+    jpeg, png = BytesIO(), BytesIO()
+    img = Image.new("RGB", (40, 40))
+    img.save(jpeg, "JPEG", exif=b"Exif\0\0" + bytes(60_000))
+    img.save(png, "PNG")
+    segment = b"\xff\xe1\xff\xff" + b"Exif\0\0" + bytes(65_527)
+    flooded = jpeg.getvalue()[:2] + segment * 300 + jpeg.getvalue()[2:]
+
+    for content in (jpeg, png):
+        assert decode(content.getvalue()).size == (40, 40)
+    with pytest.raises(BadImage, match=r"^\d+ bytes beside its pixels .* more than 16777216$"):
+        decode(flooded)
+
+
 def test_a_file_too_long_to_be_an_image_is_refused() -> None:
     with pytest.raises(BadImage, match="a file of 67108865 bytes, more than the 67108864"):
         decode(bytes(2**26 + 1))

@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import os
+import shutil
+import subprocess
 import tarfile
 import uuid
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import sources, storage
+from pipelines import sources, storage, tars
 from pipelines.index import ImageRef, Index, numbered_classes
 from pipelines.labels import class_list, label_file
 from pipelines.sources import open_source, read_images, write_index
@@ -631,6 +633,9 @@ def test_one_number_far_above_the_others_makes_no_classes(
     assert [ref.label for ref in index.refs(range(3))] == [0, 3, typo]  # out of 0..3: a reject
 
 
+THREE = tar([(name, name.encode()) for name in ("1.jpg", "2.jpg", "3.jpg")])
+
+
 def _with_size(size: bytes) -> bytes:
     """A tar whose one header says this for its size, and is right in all else."""
     archive = bytearray(tar([("a.jpg", b"1")]))
@@ -705,6 +710,59 @@ def test_a_tar_that_is_no_source_says_what_is_wrong(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         found(str(tmp_path / name), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (THREE[:2048], "lacks the empty blocks that end an archive, at byte 2048"),
+        (THREE[:1024] + bytes(512) + THREE[1536:], "goes on behind the empty block at byte 1024"),
+        (THREE + THREE, "goes on behind the empty block at byte 3072: .* or is several archives"),
+    ],
+    ids=["cut between members", "a hole for a header", "one behind the other"],
+)
+def test_a_tar_that_was_not_copied_whole_loses_no_image_in_silence(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    (tmp_path / "outer.tar").write_bytes(tar([("b.tar", THREE), ("a.tar", content)]))
+
+    for name in ("a.tar", "outer.tar"):
+        with pytest.raises(ValueError, match=message.replace("at byte", r"at byte \d+|at byte")):
+            found(str(tmp_path / name), tmp_path, "one" if name == "a.tar" else "")
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="needs GNU tar")
+@pytest.mark.parametrize("kind", ["gnu", "oldgnu", "posix"])
+def test_what_follows_a_sparse_file_of_many_pieces_is_found(tmp_path: Path, kind: str) -> None:
+    for name in ("0.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"1")
+    with (tmp_path / "1.jpg").open("wb") as file:
+        for piece in range(60):
+            file.seek(piece * 65536)
+            file.write(b"1" * 4096)
+    command = ["tar", "--sparse", f"--format={kind}", "-cf", "a.tar", "0.jpg", "1.jpg", "2.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+
+    with storage.Ranges(str(tmp_path / "a.tar")) as ranges:
+        listed = list(tars.members(ranges))
+        assert [m.name.rpartition("/")[2] for m in listed] == ["0.jpg", "1.jpg", "2.jpg"]
+        assert [ranges.read(m.first, m.length) for m in (listed[0], listed[2])] == [b"1", b"1"]
+    assert (listed[1].problem == "a sparse file, not a file") == (kind != "posix")
+
+
+def test_a_name_behind_a_long_attribute_is_found(tmp_path: Path) -> None:
+    long = "y" * 120 + "/1.jpg"
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for size in (10, 70_000, 65_500):
+            info = tarfile.TarInfo(f"{size}/{long}")
+            info.pax_headers = {"SCHILY.xattr.user.a": "z" * size, "comment": "z" * 200}
+            archive.addfile(info)
+
+    with storage.Ranges(str(tmp_path / "a.tar")) as ranges:
+        assert [m.name for m in tars.members(ranges)] == [
+            f"{size}/{long}" for size in (10, 70_000, 65_500)
+        ]
 
 
 def test_the_layout_of_a_tar_is_seen_behind_a_few_other_members(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -442,6 +443,32 @@ def test_a_second_writer_hears_of_the_first_whatever_it_asks_for(
         assert _digests(output) == before
 
 
+@pytest.mark.ray
+def test_a_writer_of_several_sizes_and_one_of_a_single_size_hear_of_each_other(
+    tree: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, heard = tmp_path / "dataset", list[str]()
+    begin = job.begin
+
+    def begun(*args: Any) -> None:
+        begin(*args)
+        with pytest.raises(PermissionError, match=f"process {os.getpid()} on ") as refusal:
+            prepare.run(_config(tree, output / "16", image_size=16, encoding="raw"))
+        heard.append(str(refusal.value))
+
+    monkeypatch.setattr(prepare, "begin", begun)
+    prepare.run(_config(tree, output, image_size=(8, 16)))
+    assert len(heard) == 1
+    assert {f.name for f in output.iterdir()} == {"8", "16"}
+    assert not (output / "16" / "_work").exists()
+
+    with (
+        lease.claim(str(tmp_path / "another" / "16" / "_work" / "writer")),
+        pytest.raises(PermissionError, match=f"process {os.getpid()} on "),
+    ):
+        prepare.run(_config(tree, tmp_path / "another", image_size=(8, 16)))
+
+
 def test_a_second_writer_of_another_source_hears_of_the_first(tree: Path, tmp_path: Path) -> None:
     output = tmp_path / "dataset"
     _interrupted(tree, output, 1)
@@ -567,6 +594,23 @@ def test_too_many_rejects_stop_before_the_manifest_and_can_be_allowed(
 
     prepare.run(_config(tree, output, max_reject_fraction=0.1))
     assert _digests(output) == _digests(prepared)
+
+
+@pytest.mark.parametrize(("rejects", "of", "fraction"), [(29, 100, 0.29), (57, 100, 0.57)])
+def test_as_many_rejects_as_are_allowed_stop_nothing(
+    tree: Path, tmp_path: Path, rejects: int, of: int, fraction: float
+) -> None:
+    asked = _interrupted(tree, tmp_path / "dataset", 1).model_copy(update={"num_images": of})
+    progress = prepare.Progress(asked, fraction)
+    info = shards.ShardInfo(file="", rows=0, bytes=0, sha256="", row_groups=[])
+
+    def entry(*ids: int) -> job.ShardEntry:
+        found = [shards.Reject(i, "a.png", "empty file") for i in ids]
+        return job.ShardEntry(sizes=[job.SizeEntry(info=info, rejects=found, labels={})])
+
+    progress.add(entry(*range(rejects)))
+    with pytest.raises(ValueError, match=f"{rejects + 1} of {of} images cannot be used"):
+        progress.add(entry(rejects))
 
 
 def test_a_dry_run_says_what_it_would_do_and_touches_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import socket
 import tarfile
 import warnings
 import zlib
@@ -166,6 +167,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "a" / "itself.png").symlink_to("itself.png")
     (root / "a" / "memory.png").symlink_to("/proc/self/mem")  # opens, and fails when it is read
     os.mkfifo(root / "a" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(os.path.relpath(root / "a" / "socket.png"))  # a path may have 107 bytes
     (root / "a" / "device.png").symlink_to("/dev/zero")
     return root
 
@@ -187,6 +190,8 @@ def test_what_the_papers_loader_can_decode_is_kept_and_the_rest_is_named(
     expected |= {"a/out.png": None, "a/nowhere.png": "unreadable: No such file"}
     expected |= {"a/itself.png": "unreadable: Too many levels"}
     expected |= {"a/memory.png": "unreadable: Input/output error"}
+    odd = "unreadable: a pipe, socket or device, not a file"
+    expected |= dict.fromkeys(("a/pipe.png", "a/socket.png", "a/device.png"), odd)
     assert set(kept) | set(rejected) == set(expected)
     for path, why in expected.items():
         if why is None:

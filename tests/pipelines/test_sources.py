@@ -455,6 +455,7 @@ def test_a_class_of_many_images_is_listed_without_holding_them(
     else:
         with (tmp_path / "tar").with_suffix(".tar").open("wb") as file:
             file.writelines(tarfile.TarInfo(name).tobuf() for name in names)
+            file.write(bytes(2 * tarfile.BLOCKSIZE))
     monkeypatch.setattr(index_module, "INDEX_ROWS", 500)
     monkeypatch.setattr(storage, "NAMES", 500)
     uri = {"tree": "tree", "flat": "tree/one", "tar": "tar.tar"}[kind]
