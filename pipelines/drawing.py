@@ -298,6 +298,7 @@ def write_part(uri: str, part: Part, plan: Plan, chunk: int) -> None:
         "plan": plan.sha256,
         "device": part.device,
         "pixels_sha256": pixels_sha256(part.sha256),
+        "part_sha256": _part_sha256(part),
     }
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -324,23 +325,40 @@ def read_part(uri: str, plan: Plan, chunk: int) -> Part | None:
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         table = file.read()
-    except (OSError, pa.ArrowException) as error:
+        metadata = table.schema.metadata or {}
+        if metadata.get(b"plan") != plan.sha256.encode() or table["index"].to_pylist() != list(
+            plan.rows(chunk)
+        ):
+            logger.warning("%s belongs to another plan and will be drawn again", uri)
+            return None
+        shown = zip(plan.rows(chunk), table["shown"].to_pylist(), strict=True)
+        part = Part(
+            label=table["label"].to_numpy(),
+            sha256=table["sha256"].to_pylist(),
+            shown={index: image for index, image in shown if image is not None},
+            device=metadata[b"device"].decode(),
+            **{name: _matrix(table, name) for name in VECTORS},
+        )
+        # Checksums of pages say nothing of names, types and metadata behind them.
+        if metadata[b"part_sha256"].decode() != _part_sha256(part):
+            raise ValueError("its content is not what was written")
+    except Exception as error:  # damaged bytes raise whatever their reader runs into
         logger.warning("%s is damaged and will be drawn again: %s", uri, error)
         return None
-    metadata = table.schema.metadata or {}
-    if metadata.get(b"plan") != plan.sha256.encode() or table["index"].to_pylist() != list(
-        plan.rows(chunk)
-    ):
-        logger.warning("%s belongs to another plan and will be drawn again", uri)
-        return None
-    shown = zip(plan.rows(chunk), table["shown"].to_pylist(), strict=True)
-    return Part(
-        label=table["label"].to_numpy(),
-        sha256=table["sha256"].to_pylist(),
-        shown={index: image for index, image in shown if image is not None},
-        device=metadata[b"device"].decode(),
-        **{name: _matrix(table, name) for name in VECTORS},
-    )
+    return part
+
+
+def _part_sha256(part: Part) -> str:
+    """Digest over all that a part holds, however it is stored."""
+    vectors = [np.ascontiguousarray(getattr(part, name), np.float32) for name in VECTORS]
+    said = {
+        "label": part.label.tolist(),
+        "sha256": [digest.hex() for digest in part.sha256],
+        "shown": {i: hashlib.sha256(image).hexdigest() for i, image in part.shown.items()},
+        "device": part.device,
+        "vectors": [(v.shape, hashlib.sha256(v).hexdigest()) for v in vectors],
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def pixels_sha256(digests: Iterable[bytes]) -> str:
