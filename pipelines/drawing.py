@@ -356,7 +356,7 @@ def _part_sha256(part: Part) -> str:
         "sha256": [digest.hex() for digest in part.sha256],
         "shown": {i: hashlib.sha256(image).hexdigest() for i, image in part.shown.items()},
         "device": part.device,
-        "vectors": [(v.shape, hashlib.sha256(v).hexdigest()) for v in vectors],
+        "vectors": [(v.shape, hashlib.sha256(v.tobytes()).hexdigest()) for v in vectors],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
