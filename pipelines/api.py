@@ -459,7 +459,7 @@ def create_app(live: Live, report: Report | None = None) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def _query(request: Request, error: RequestValidationError) -> Response:
         problem = error.errors()[0]
-        param = str(problem["loc"][-1])
+        param = [part for part in problem["loc"] if isinstance(part, str)][-1]  # not its position
         message = f"{param} is {problem['input']!r:.60}: {problem['msg']}"
         return told(request, ApiError(422, message, param=param, code="invalid_value"))
 

@@ -30,15 +30,17 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
+from ray.util.state import list_nodes
 
 from pipelines.api import GRACE_S
-from pipelines.config import DeployConfig, ServeConfig
+from pipelines.config import DeployConfig, ServeConfig, StageFailed
 from pipelines.guard import is_loopback
 from pipelines.replica import Server, Wanted, opened, wish
 from pipelines.serve import (
@@ -75,7 +77,7 @@ def run(config: DeployConfig) -> None:
     Raises:
         ValueError, FileNotFoundError: the artifact or the file cannot be served.
         ConnectionError: no cluster answers at the address.
-        RuntimeError: the cluster could not deploy it.
+        StageFailed: the cluster could not deploy it.
     """
     if config.metrics_port:
         raise ValueError("--metrics-port is for `jit serve`: a cluster that runs has its own")
@@ -160,7 +162,18 @@ def check_document(document: Any, where: str) -> None:
     if not isinstance(document, dict):
         raise ValueError(f"{where} does not hold a Serve config: {str(document)[:60]!r}")
     check_keys(document, ServeDeploySchema, where)
-    found = ServeDeploySchema.model_validate(document)
+    try:
+        found = ServeDeploySchema.model_validate(document)
+        for application in found.applications:
+            for deployment in application.deployments:
+                if isinstance(deployment.autoscaling_config, dict):
+                    AutoscalingConfig.model_validate(deployment.autoscaling_config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        raise ValueError(f"{where}, {place}: {first['msg']}") from error
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where} names a function that cannot be imported: {error}") from error
     controller = found.controller_options
     said = ((controller and controller.runtime_env) or {}).get("env_vars") or {}
     for name, value in ENVIRONMENT.items():
@@ -237,7 +250,10 @@ def check_keys(found: Any, schema: type[BaseModel], where: str) -> None:
         if key == "runtime_env" and isinstance(value, dict):
             for inner_key in value:
                 check_key(inner_key, RuntimeEnv.known_fields, f"{where}, runtime_env")
-        for inner in models_in(schema.model_fields[key].annotation):
+        models = models_in(schema.model_fields[key].annotation)
+        if key == "autoscaling_policy":  # an application's is any dict to Ray's schema
+            models = [AutoscalingPolicy]
+        for inner in models:
             for number, item in enumerate(value if isinstance(value, list) else [value]):
                 place = f"{key}[{number}]" if isinstance(value, list) else key
                 check_keys(item, inner, f"{where}, {place}")
@@ -266,15 +282,21 @@ def apply(document: dict[str, Any], config: DeployConfig) -> None:
     """Hands the Serve config to the cluster and waits until it is carried out.
 
     Raises:
-        ValueError: Serve listens elsewhere, so that the config cannot be carried out.
-        RuntimeError: as `wait`.
+        ValueError: Serve listens elsewhere, or no node has room, so that the config cannot be
+            carried out.
+        StageFailed: the cluster refuses it, or as `wait`.
     """
     client = ServeSubmissionClient(config.address)
     found = ServeDeploySchema.model_validate(document)  # with what Ray takes for left-out keys
     check_running(client.get_serve_details(), found)
+    check_room(found, *nodes_of(client, config.address))
     document, name = copy.deepcopy(document), wish()
     document["applications"][0]["deployments"][0]["user_config"]["wish"] = name
-    client.deploy_applications(document)
+    try:
+        client.deploy_applications(document)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise StageFailed(f"the cluster refuses the config: {' '.join(lines)[-1000:]}") from error
     until = time.monotonic() + config.deploy_timeout_s
     wait(lambda: client.get_serve_details()["applications"], until)
     host, port = found.http_options.host, found.http_options.port
@@ -288,6 +310,57 @@ def apply(document: dict[str, Any], config: DeployConfig) -> None:
         "every node" if found.proxy_location == "EveryNode" else "the head node",
         f", and serves {served[:12]}" if served else "",
     )
+
+
+def nodes_of(client: ServeSubmissionClient, address: str) -> tuple[list[dict[str, float]], bool]:
+    """Resources of each node of a cluster, and whether it may start others."""
+    status = client._do_request("GET", "/api/cluster_status")
+    found = list_nodes(address, filters=[("state", "=", "ALIVE")], detail=True, limit=10_000)
+    return (
+        [node.resources_total or {} for node in found],
+        has_autoscaler(status.json() if status.ok else {}),
+    )
+
+
+def has_autoscaler(status: dict[str, Any]) -> bool:
+    """Whether a cluster may start nodes, by what its dashboard says at /api/cluster_status.
+
+    Without an autoscaler of its own each node is its own type, named after it. What says nothing
+    is taken for one: it is no reason to refuse.
+    """
+    report = ((status.get("data") or {}).get("clusterStatus") or {}).get("autoscalerReport") or {}
+    types = report.get("nodeTypeMapping") or {}
+    return not types or any(name != f"node_{node}" for node, name in types.items())
+
+
+def check_room(wanted: ServeDeploySchema, nodes: list[dict[str, float]], may_grow: bool) -> None:
+    """Compares what replicas need with what the nodes have; Ray would stop those that run first.
+
+    Args:
+        wanted: a config that is right in itself.
+        nodes: resources of each node.
+        may_grow: an autoscaler may start larger nodes: a warning is all.
+
+    Raises:
+        ValueError: no node has room for a replica, or all together for as many as are wanted.
+    """
+    deployment = wanted.applications[0].deployments[0]
+    told = deployment.model_dump(exclude_unset=True)
+    actor, scaling = told.get("ray_actor_options") or {}, told.get("autoscaling_config") or {}
+    replicas = told.get("num_replicas", scaling.get("min_replicas", 1))
+    replicas = replicas if isinstance(replicas, int) else 1
+    for kind, need in (("CPU", actor.get("num_cpus") or 0), ("GPU", actor.get("num_gpus") or 0)):
+        largest = max((node.get(kind, 0) for node in nodes), default=0)
+        room = sum(node.get(kind, 0) // need for node in nodes) if need else replicas
+        if room >= replicas:
+            continue
+        problem = (
+            f"{replicas} replicas of {need:g} {kind}s do not fit: the cluster has {len(nodes)} "
+            f"nodes, the largest with {largest:g}, and room for {room:g} replicas"
+        )
+        if not may_grow:
+            raise ValueError(f"{problem}. Lower --replicas, --cpus or --gpus; what runs goes on")
+        logger.warning("%s until its autoscaler starts more", problem)
 
 
 def check_running(details: dict[str, Any], wanted: ServeDeploySchema) -> None:
@@ -328,7 +401,7 @@ def wait(applications: Callable[[], dict[str, Any]], until: float) -> None:
         until: end of the wait, by the monotonic clock.
 
     Raises:
-        RuntimeError: it failed, or the time is over; with what Ray says about it.
+        StageFailed: it failed, or the time is over; with what Ray says about it.
     """
     while True:
         found = applications().get(APP, {"status": "NOT_STARTED", "message": ""})
@@ -336,7 +409,11 @@ def wait(applications: Callable[[], dict[str, Any]], until: float) -> None:
             return
         late = time.monotonic() > until
         if late or found["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise RuntimeError(f"the cluster says {found['status']}: {found['message']}")
+            why = found["message"] or "replicas may wait for room: see its dashboard"
+            raise StageFailed(
+                f"the cluster says {found['status']}: {why}. `jit deploy` with the artifact and "
+                "the options of before returns to what ran"
+            )
         time.sleep(POLL_S)
 
 
@@ -352,7 +429,7 @@ def wait_for_replicas(url: str, name: str, until: float) -> str | None:
         Digest of the artifact that is served; None where nobody is reached from here.
 
     Raises:
-        RuntimeError: the artifact was refused, or the time is over.
+        StageFailed: the artifact was refused, or the time is over.
     """
     granted, reached = 0, False
     unreached = time.monotonic() + UNREACHED_S
@@ -371,7 +448,7 @@ def wait_for_replicas(url: str, name: str, until: float) -> str | None:
                 return None
         if said.get("wish") == name:
             if said["refused"] is not None:
-                raise RuntimeError(
+                raise StageFailed(
                     f"the artifact was refused and {said['artifact_sha256'][:12]} goes on: "
                     f"{said['refused']}"
                 )
@@ -379,7 +456,7 @@ def wait_for_replicas(url: str, name: str, until: float) -> str | None:
             continue
         granted = 0
         if time.monotonic() > until:
-            raise RuntimeError(
+            raise StageFailed(
                 f"the replicas at {url} have not answered within --deploy-timeout-s whether they "
                 f"serve it; /readyz said last: {said or 'nothing'}"
             )

@@ -172,6 +172,15 @@ CANNOT_BE_READ: dict[str, tuple[int, bytes]] = {
     "a query that is no number": (422, request("GET", "/v1/classes?limit=1e9")),
     "a long query": (422, request("GET", "/v1/classes?q=" + "x" * 300)),
     "a link without its query": (422, request("GET", "/v1/images/redraw")),
+    "a link with a wrong interval": (
+        422,
+        request(
+            "GET",
+            "/v1/images/redraw?artifact_sha256=a&precision=fp32&class_labels=0&seed=1&index=0"
+            "&num_inference_steps=2&guidance_scale=1&guidance_interval=x&guidance_interval=1"
+            "&solver=heun&size=8x8&output_format=png&output_compression=9",
+        ),
+    ),
     "no key": (401, request("GET", "/v1/models", Authorization=None)),
     "a wrong key": (401, request("POST", PATH, b"{}", Authorization="Bearer wrong")),
     "an old key": (401, request("POST", PATH, b"{}", Authorization=f"Bearer {OLD}")),
@@ -216,6 +225,7 @@ def test_more_than_a_hundred_bad_requests_are_told_what_is_wrong(
         assert b"Traceback" not in body, name
         assert b".py" not in body, name
         assert (error["param"] is not None) == (status == 422), name
+        assert not str(error["param"]).isdigit(), name
     for name, sent in NO_HTTP.items():
         status, body = say(port, sent)
         assert status == 400, name

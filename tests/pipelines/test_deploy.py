@@ -135,6 +135,18 @@ def test_a_config_that_ray_would_misread_is_refused(
     assert "go by whole paths" in error("applications", 0, "route_prefix", value="/api")
     assert "go by whole paths" in error("http_options", "root_path", value="/api")
     functions = {"port": 9000, "grpc_servicer_functions": ["a.b"]}
+    policy = {"policy_functionn": "a:b"}
+    assert "did you mean 'policy_function'?" in error(
+        "applications", 0, "autoscaling_policy", value=policy
+    )
+    scales = found["applications"][0]["deployments"][0] | {"num_replicas": None}
+    scaling = {"min_replicas": 1, "max_replicas": 3, "policy": {"policy_function": "nope:no"}}
+    assert "cannot be imported: No module named 'nope'" in error(
+        *deployment, value=scales | {"autoscaling_config": scaling}
+    )
+    assert "max_replicas: Input should be greater than 0\n" in error(
+        *deployment, value=scales | {"autoscaling_config": {"max_replicas": 0}}
+    )
     assert "asks for no key" in error("grpc_options", value=functions)
     assert "/nowhere" in error(*deployment, "user_config", "model", value="/nowhere")
     file.write_text("- 1")
@@ -177,6 +189,7 @@ def test_keys_that_ray_has_defaults_for_may_be_left_out(
             return {"applications": {"jit": {"status": "RUNNING"}}}
 
     monkeypatch.setattr(deploy, "ServeSubmissionClient", Client)
+    monkeypatch.setattr(deploy, "nodes_of", lambda *_: ([{"CPU": 1.0}], False))
     monkeypatch.setattr(deploy, "wait_for_replicas", replicas)
     with caplog.at_level("INFO"):
         deploy.apply(found, DeployConfig())
@@ -221,6 +234,24 @@ def test_a_deployment_is_done_when_replicas_say_so_and_failed_when_one_refused(
     with caplog.at_level("WARNING"):
         assert waited() is None
     assert "is not reached from here" in caplog.text
+
+
+def test_replicas_that_no_node_has_room_for_are_refused_before_those_that_run_are_stopped(
+    artifact: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    found = printed(capsys, str(artifact), "--cpus", "3", "--replicas", "2")
+    wanted = ServeDeploySchema.model_validate(found)
+
+    deploy.check_room(wanted, [{"CPU": 2.0}, {"CPU": 6.0}], False)
+    with pytest.raises(ValueError, match=r"2 replicas of 3 CPUs .* largest with 4, and room for 1"):
+        deploy.check_room(wanted, [{"CPU": 4.0}, {"CPU": 2.0}], False)
+    with pytest.raises(ValueError, match="0 nodes, the largest with 0"):
+        deploy.check_room(wanted, [], False)
+    deploy.check_room(wanted, [{"CPU": 2.0}], True)
+    assert "room for 0 replicas until its autoscaler" in caplog.text
+    with_gpu = ServeDeploySchema.model_validate(printed(capsys, str(artifact), "--gpus", "1"))
+    with pytest.raises(ValueError, match="1 replicas of 1 GPUs"):
+        deploy.check_room(with_gpu, [{"CPU": 64.0}], False)
 
 
 def test_a_serve_that_listens_elsewhere_is_not_given_the_keys_of_another_address(
@@ -332,6 +363,9 @@ def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
         assert httpx.get(f"{url}/readyz").json()["artifact_sha256"] == second.sha256
         assert statuses == {200}, "it answered all the time"
 
+        assert main(["deploy", str(artifact), *line, "--cpus", "8"]) == 2
+        assert "1 replicas of 8 CPUs do not fit: the cluster has 1 nodes" in capsys.readouterr().err
+        assert httpx.get(f"{url}/readyz").status_code == 200
         assert main(["deploy", str(artifact), *line[:2], "--port", "1"]) == 2
         assert f"port {port} instead of 1" in capsys.readouterr().err
         subprocess.run(
