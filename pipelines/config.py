@@ -270,15 +270,19 @@ class TrainConfig(StageConfig):
         if fewest == most:
             self.split(fewest)
             return [fewest]
-        found = []
-        for number in range(fewest, min(most, self.loader.lanes) + 1):
-            with contextlib.suppress(ValueError):
+        found, why = [], ""
+        for number in range(fewest, max(fewest, min(most, self.loader.lanes)) + 1):
+            try:
                 self.split(number)
+            except ValueError as error:
+                # What stops a number that does divide the lanes is what is to be changed.
+                if not why or not self.loader.lanes % number:
+                    why = str(error)
+            else:
                 found.append(number)
         if not found:
             raise ValueError(
-                f"workers {self.workers}: none of these numbers deals loader.lanes "
-                f"{self.loader.lanes} and global_batch {self.global_batch} evenly"
+                f"workers {self.workers}: none of these numbers deals the batch evenly: {why}"
             )
         return found
 

@@ -309,6 +309,10 @@ def test_an_elastic_run_has_only_numbers_of_workers_that_share_evenly(tiny_datas
         world_sizes("128", **big)
     with pytest.raises(ValueError, match=r"workers 5:7: none of these numbers deals .*lanes 64"):
         world_sizes("5:7", **big)
+    with pytest.raises(ValueError, match=r"workers 2:7: none .*: micro_batch 5 does not divide"):
+        world_sizes("2:7", **big | {"micro_batch": 5})  # not: that 7 does not divide the lanes
+    with pytest.raises(ValueError, match=r"workers 2:8: none .*: parallel.shard_size 16 does not"):
+        world_sizes("2:8", **big, parallel={"shard_size": 16})
     with pytest.raises(ValueError, match="workers 8:2: 8 is more than 2"):
         world_sizes("8:2", **big)
     with pytest.raises(ValueError, match="String should match pattern"):
