@@ -73,7 +73,8 @@ class Plan(NamedTuple):
     price: float
     currency: str
     largest_micro_batch: int
-    """Images that a GPU could take at once; 0 if it cannot even hold one."""
+    """Images that a GPU could take at once and still share the batch evenly; 0 if it cannot even
+    hold one."""
 
     @property
     def gb_per_gpu(self) -> float:
@@ -128,7 +129,8 @@ def plan(config: PlanConfig, prices: Prices) -> Plan:
         )
     micro_batch, accumulation = config.split(config.gpus)
     share = config.global_batch // config.gpus
-    largest = max((n for n in range(1, share + 1) if _fits(config, n, instance)), default=0)
+    even = (n for n in range(1, share + 1) if not share % n)  # no other would be accepted
+    largest = max((n for n in even if _fits(config, n, instance)), default=0)
     machines = -(-config.gpus // instance.gpus)
     operations = cost.train_flops(config.model) * (1 + RECOMPUTED[config.parallel.checkpointing])
     images_per_s = config.gpus * peak * config.mfu / operations

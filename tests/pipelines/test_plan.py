@@ -105,6 +105,14 @@ def test_a_plan_says_whether_it_fits_and_what_would(capsys):
                    ).gb_per_gpu > 40  # fmt: skip
 
 
+def test_what_a_plan_says_would_fit_is_a_micro_batch_that_training_accepts():
+    uneven = {"instance": "p4d.24xlarge", "global_batch": 960}  # 8 shares of 120 images
+    largest = planned("jit-g16-256", micro_batch=60, **uneven).largest_micro_batch
+
+    assert largest == 30  # 32 would fit too, and do not divide 120
+    assert planned("jit-g16-256", micro_batch=largest, **uneven).gb_per_gpu <= 40
+
+
 @pytest.mark.parametrize("preset", preset_names("train"))
 def test_every_preset_can_be_planned(preset):
     found = planned(preset)
