@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a toy model instead of the sizes")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args(argv)
+    for option, number in (("--batch", options.batch), ("--steps", options.steps)):
+        if number is not None and number < 1:
+            parser.error(f"{option} {number} is too few: choose 1 or more")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -34,6 +34,16 @@ def test_a_device_of_unknown_speed_has_no_mfu(monkeypatch, tmp_path):
     assert all(math.isnan(row["MFU"]) for row in json.loads(file.read_text())["rows"])
 
 
+@pytest.mark.parametrize("option", ["--steps", "--batch"])
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_fewer_than_one_step_or_image_is_refused(option, number, capsys):
+    with pytest.raises(SystemExit) as refused:
+        benchmark.main(["--tiny", "--no-compile", option, number])
+
+    assert refused.value.code == 2
+    assert f"error: {option} {number} is too few" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_authors_network_of_a_named_size_is_theirs():
     authors = pytest.importorskip("azula.plugins.jit._src.model", reason="needs azula")
     config = benchmark.ModelConfig.named("JiT-B/16")
