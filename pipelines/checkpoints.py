@@ -8,7 +8,8 @@ A checkpoint exists once its `meta.json` does, which is written when every other
 lists their sizes. Each rank stores its own shard (torch.distributed.checkpoint), and when loading
 reads only the byte ranges it needs, so any number of ranks may continue. `latest.json` follows,
 for people and scripts; we ourselves look for the newest complete folder, so that a kill between
-the two loses nothing.
+the two loses nothing. After the first checkpoint comes `first.json`, which stays: a run that lost
+its checkpoints is not begun again at image 0 without being asked to.
 
 Training waits only while the state is copied into host memory (`Saver.start`); a thread of each
 rank stores the copy. A kill can meet a save at these points, and then the newest complete
@@ -18,8 +19,8 @@ checkpoint is
 2. when some shards are stored, or all but .metadata: the one before;
 3. when all is stored but meta.json: the one before;
 4. when meta.json is stored, latest.json is not: the new one;
-5. when latest.json is stored, and of an old checkpoint that goes nothing, its meta.json, or some
-   of its shards are deleted: the new one.
+5. when latest.json is stored, and first.json is not, or of an old checkpoint that goes nothing,
+   its meta.json, or some of its shards are deleted: the new one.
 
 Whatever an interrupted save or deletion left is removed by the next save.
 """
@@ -62,6 +63,11 @@ from pipelines.shards import Manifest
 logger = logging.getLogger(__name__)
 
 META, LATEST, FOLDER = "meta.json", "latest.json", "checkpoints"
+FIRST = "first.json"
+"""The first complete checkpoint, in the words of latest.json; that it is there says that the run
+had one. Runs of earlier versions have none until their next checkpoint."""
+VALIDATIONS = "validations"
+"""Scores of a run's checkpoints."""
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 """Config of a run, written when it begins."""
@@ -201,8 +207,8 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
     """Refuse to begin at image 0 in the folder of a run that was further, or is another one.
 
     Raises:
-        FileNotFoundError: latest.json names a checkpoint, or metrics.jsonl tells of one, but none
-            is complete.
+        FileNotFoundError: latest.json names a checkpoint, or first.json, a score or metrics.jsonl
+            tells of one, but none is complete.
         ValueError: every checkpoint is damaged; or a run was begun there with other options, or
             with some that cannot be read, and has saved nothing yet.
     """
@@ -226,6 +232,13 @@ def check_never_saved(run: str, wanted: dict[str, Any]) -> None:
             f"every checkpoint below {run}/{FOLDER} is damaged, the newest at {damaged[-1]}: bring "
             "one back, choose another --name, or add --fresh to start over beside the old run."
         )
+    for uri in (storage.join(run, FIRST), storage.join(run, VALIDATIONS)):
+        if storage.exists(uri):  # written only when a checkpoint was complete
+            raise FileNotFoundError(
+                f"{uri} tells that checkpoints were stored, but none below {run}/{FOLDER} is "
+                "complete: bring them back, choose another --name, or add --fresh to start over "
+                "beside the old run."
+            )
     begun = storage.join(run, CONFIG)
     if not storage.exists(begun):
         return
@@ -478,6 +491,9 @@ def _publish(run: str, step: int, meta: Meta, keep: Callable[[list[int]], set[in
     storage.write_json(storage.join(run, FOLDER, name, META), meta.model_dump(mode="json"))
     latest = Latest(checkpoint=f"{FOLDER}/{name}", images_seen=meta.images_seen)
     storage.write_json(storage.join(run, LATEST), latest.model_dump())
+    first = storage.join(run, FIRST)
+    if not storage.exists(first):
+        storage.write_json(first, latest.model_dump())
     try:
         stay = keep(list(complete(run))) | {step}
         for folder in _folders(run):

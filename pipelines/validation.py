@@ -29,7 +29,7 @@ from pipelines.shards import Manifest
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "validations"
+FOLDER = checkpoints.VALIDATIONS
 NAME = re.compile(r"step_(\d{8,})\.json")
 JUDGED_NOW = "judging.json"
 

@@ -239,6 +239,7 @@ def test_a_run_that_lost_its_checkpoints_and_all_that_names_them_is_known_by_its
     fit(config, LocalContext())
     shutil.rmtree(tmp_path / "run/checkpoints")
     (tmp_path / "run/latest.json").unlink()
+    (tmp_path / "run/first.json").unlink()  # as of an earlier version, which wrote none
     with (tmp_path / "run/metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 100 + b"\n")  # as a machine leaves it that lost its power
     lines = (tmp_path / "run/metrics.jsonl").read_bytes()
@@ -247,6 +248,30 @@ def test_a_run_that_lost_its_checkpoints_and_all_that_names_them_is_known_by_its
         fit(config, LocalContext())
 
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines
+
+
+@pytest.mark.parametrize("left", ["first.json", "validations/step_00000001.json"])
+def test_a_run_that_lost_its_checkpoints_soon_is_known_by_what_only_a_checkpoint_leaves(
+    tiny_dataset, tmp_path, left: str
+):
+    config = config_for(tiny_dataset, tmp_path)
+    with pytest.raises(Killed):
+        fit(config, KilledAt(48))  # a checkpoint at image 32: metrics alone would not tell
+    run = tmp_path / "run"
+    assert json.loads((run / "first.json").read_text()) == {
+        "format_version": 1, "checkpoint": "checkpoints/step_00000002", "images_seen": 32
+    }  # fmt: skip
+    shutil.rmtree(run / "checkpoints")
+    for name in ("latest.json", "metrics.jsonl", "first.json"):
+        (run / name).unlink()
+    (run / left).parent.mkdir(exist_ok=True)
+    (run / left).touch()
+
+    found = left.partition("/")[0]
+    with pytest.raises(FileNotFoundError, match=f"{found} tells that checkpoints .*--fresh"):
+        fit(config, LocalContext())
+
+    assert not (run / "metrics.jsonl").exists()
 
 
 def test_lines_of_metrics_that_cannot_be_read_stop_no_run(tiny_dataset, tmp_path, caplog):
@@ -405,7 +430,8 @@ def test_data_and_run_may_live_in_an_object_store(tiny_dataset, tmp_path, bucket
     assert seen == list(range(16, 161, 16))
     names = {e.relative.partition("/")[0] for e in storage.list_files(f"{bucket}/runs/whole")}
     assert names == {
-        "checkpoints", "config.yaml", "latest.json", "metrics.jsonl", "samples", "tensorboard"
+        "checkpoints", "config.yaml", "first.json", "latest.json", "metrics.jsonl", "samples",
+        "tensorboard",
     }  # fmt: skip
     assert storage.list_files(f"{bucket}/runs/whole/tensorboard")
 

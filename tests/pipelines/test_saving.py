@@ -48,7 +48,7 @@ def dies(point):
         if name == point:
             os.kill(os.getpid(), signal.SIGKILL)
     def counted(uri):
-        if "/checkpoints/step_00000004" in uri or "latest" in uri:
+        if "/checkpoints/step_00000004" in uri or "latest" in uri or "first.json" in uri:
             here(("before", uri.rpartition("/")[2]))
             class Partly:
                 def __enter__(self):
@@ -96,6 +96,7 @@ POINTS = {
     ("within", "meta.json"): 32,
     ("after", "meta.json"): 64,
     ("within", "latest.json"): 64,
+    ("within", "first.json"): 64,
     ("deleting", "meta.json"): 64,
     ("deleted", "meta.json"): 64,
     ("deleting", "step_00000001"): 64,
@@ -109,6 +110,7 @@ def test_a_sigkill_at_any_point_of_a_save_leaves_the_newest_complete_checkpoint(
     base = tmp_path / "base"
     short = config_for(tiny_dataset, base, total_images=32, checkpoint_every_images=16)
     fit(short, LocalContext())  # checkpoints at images 16 and 32: steps 1 and 2
+    (base / "run/first.json").unlink()  # so that the save writes it, too
     scratch = tmp_path / "killed"
     for point in POINTS:
         shutil.copytree(base, scratch / "-".join(point))

@@ -147,6 +147,7 @@ def test_a_fresh_start_keeps_the_old_run_under_another_name(ray_cluster, tiny_da
     found = checkpoints.newest(str(tmp_path / "run"))
     assert found is not None
     assert (found.meta.images_seen, found.meta.config["seed"]) == (16, 1)
+    assert storage.read_json(str(tmp_path / "run/first.json"))["images_seen"] == 16
 
 
 @pytest.mark.ray
