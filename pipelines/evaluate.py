@@ -29,6 +29,7 @@ import ray.data
 
 from pipelines import evaluation, lease, runtime, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, StageFailed, require
+from pipelines.drawing import NotFinite
 from pipelines.evaluation import (
     DRAWN_BY,
     WRITER,
@@ -172,6 +173,7 @@ def draw_chunks(
     """Draw these chunks by a fleet of workers; the job, its plan naming their kind of device.
 
     Raises:
+        NotFinite: an image is not finite; the first such, whichever worker finds one first.
         PermissionError: another process took the folder over meanwhile.
         ValueError: the workers' kind of device is another one than the folder's, or than that of
             their first, and they may not be mixed.
@@ -189,9 +191,16 @@ def draw_chunks(
             refuse_another(job, stored)
         write_plan(job, config.model_dump(mode="json"))
         progress = Progress("drew", total, total - to_draw)
-        for _, images in pool.map((job, chunk) for chunk in chunks):
+        broken: dict[int, NotFinite] = {}
+        # Whoever finds one ends the giving out; the chunks before it are given out already.
+        for (_, chunk), found in pool.map((job, chunk) for chunk in chunks if not broken):
             held.check()
-            progress.add(images)
+            if isinstance(found, NotFinite):
+                broken[chunk] = found
+            else:
+                progress.add(found)
+        if broken:
+            raise broken[min(broken)]
     return job
 
 

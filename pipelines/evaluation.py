@@ -29,6 +29,7 @@ from pipelines import metrics, report, storage
 from pipelines.config import EvaluateConfig, KeepImages, StageFailed
 from pipelines.drawing import (
     VECTORS,
+    NotFinite,
     Part,
     Plan,
     channels_last,
@@ -134,14 +135,20 @@ class SampleWorker:
                 parallelize(self.model, compile=True)
             self.loaded = wanted
 
-    def run(self, item: tuple[Job, int]) -> int:
-        """Draw a chunk of a job, unless it is stored; the number of its images."""
+    def run(self, item: tuple[Job, int]) -> int | NotFinite:
+        """Draw a chunk of a job, unless it is stored; the number of its images.
+
+        An image that is not finite is an answer, for who asked decides what it ends.
+        """
         job, chunk = item
         if is_stored(job, chunk):  # by a worker that died before it could say so
             return len(job.plan.rows(chunk))
         self.hold(job)
         start = time.monotonic()
-        part, images = draw(self.model, self.extractor, job.plan, chunk, self.device)
+        try:
+            part, images = draw(self.model, self.extractor, job.plan, chunk, self.device)
+        except NotFinite as error:
+            return error
         keep(images, part, job, chunk)
         took = {"images": len(images), "seconds": time.monotonic() - start}
         storage.write_json(time_uri(job.output, chunk), took)

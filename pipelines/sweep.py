@@ -100,18 +100,12 @@ class SweepWorker:
         return self.worker.start()
 
     def run(self, item: tuple[Job, int | None]) -> int | NotFinite | Speed:
-        """Images of a chunk; without a chunk, the worker's speed at the job.
-
-        An image that is not finite is an answer: one such cell shall not end the search.
-        """
+        """Images of a chunk; without a chunk, the worker's speed at the job."""
         job, chunk = item
         if chunk is None:
             self.worker.hold(job)
             return measure(self.worker, job.plan)
-        try:
-            return self.worker.run((job, chunk))
-        except NotFinite as error:
-            return error
+        return self.worker.run((job, chunk))
 
 
 def measure(worker: SampleWorker, plan: Plan) -> Speed:
@@ -476,7 +470,7 @@ class Crew:
         progress = Progress("drew", total, total - to_draw)
         failed: set[str] = set()
         for (job, _), found in self.pool.map(i for i in items if i[0].output not in failed):
-            if isinstance(found, NotFinite):
+            if isinstance(found, NotFinite):  # which shall not end the search
                 if job.output not in failed:
                     failed.add(job.output)
                     yield job, str(found)

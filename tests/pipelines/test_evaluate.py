@@ -17,9 +17,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,13 +33,14 @@ from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import ClassInfo, FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
 from jitmodel.sampler import guidance_acts, times
-from pipelines import lease, shards, storage
+from pipelines import evaluate, lease, shards, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, SamplerChoice
-from pipelines.drawing import Plan, device_name, draw_batch, part_uri, read_part
+from pipelines.drawing import NotFinite, Plan, device_name, draw_batch, part_uri, read_part
 from pipelines.evaluate import run, run_reference
-from pipelines.evaluation import Job, SampleWorker
+from pipelines.evaluation import Card, Job, SampleWorker
 from pipelines.features import standard_inception
 from pipelines.images import encode
+from pipelines.models import find_model
 from pipelines.reference import is_kept, read_reference
 from tests.pipelines.conftest import FaultyStore, replaced
 
@@ -536,10 +539,48 @@ def test_a_model_that_diverges_is_named_by_its_image_and_leaves_no_report(
 ):
     broken = make_artifact(tmp_path / "broken", broken_class=2)
 
-    with pytest.raises(ValueError, match=r"image \d+ of class 2 is not finite: the model diverged"):
-        run(config(broken, reference, tmp_path / "output"))
+    with pytest.raises(ValueError, match="image 2 of class 2 is not finite: the model diverged"):
+        run(config(broken, reference, tmp_path / "output", workers=2))
 
     assert not (tmp_path / "output" / "report.json").exists()
+
+
+class LastFirst:
+    """A pool of two workers who find images that are not finite, the later chunk's first."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.started = [Card(0, "here", "cpu", "2", "0")]
+        self.given: list[int] = []
+
+    def __call__(self, *_: object, **__: object) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, items: Iterable[tuple[Job, int]]) -> Iterator[tuple[tuple[Job, int], NotFinite]]:
+        source = iter(items)
+        while two := list(islice(source, 2)):
+            self.given += [chunk for _, chunk in two]
+            for item in reversed(two):
+                yield item, NotFinite(f"chunk {item[1]}")
+
+
+def test_the_first_image_that_is_not_finite_is_named_whichever_worker_answers_first(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pool = LastFirst()
+    monkeypatch.setattr(evaluate, "Pool", pool)
+    job = Job(find_model(str(artifact)), a_plan(batch=2), str(tmp_path))
+    chosen = config(artifact, "", tmp_path)
+
+    with lease.claim(str(tmp_path / "writer")) as held, pytest.raises(NotFinite, match="chunk 1"):
+        evaluate.draw_chunks(chosen, job, None, [1, 2, 3, 4], 2, gpu=False, held=held)
+
+    assert pool.given == [1, 2]  # and all that was given was waited for
 
 
 DRIVER = """

@@ -21,7 +21,14 @@ from jitmodel.model import JiT
 from jitmodel.parallel import store_as_computed
 from pipelines import evaluation, metrics, storage
 from pipelines.config import EvaluateConfig, KeepImages
-from pipelines.drawing import draw_batch, part_uri, pixels_sha256, read_part, time_uri
+from pipelines.drawing import (
+    NotFinite,
+    draw_batch,
+    part_uri,
+    pixels_sha256,
+    read_part,
+    time_uri,
+)
 from pipelines.evaluation import Job, SampleWorker, missing_chunks, read_drawn, read_times
 from pipelines.features import get_extractor, portable_weights
 from pipelines.models import find_model, load_model
@@ -237,6 +244,22 @@ def test_a_worker_takes_up_jobs_of_different_plans_in_turn(
     assert b is not None
     assert a.sha256 != b.sha256
     assert read_part(part_uri(first.output, 0), second.plan, 0) is None  # of another plan
+
+
+def test_an_image_that_is_not_finite_is_a_workers_answer_and_nothing_is_stored(
+    worker: SampleWorker, tmp_path: Path
+):
+    model = JiT(MODEL)
+    model.y_embedder.embedding_table.weight.data[2] = torch.nan
+    info = ArtifactInfo(model=MODEL, sampler=SamplerConfig(steps=2))
+    save_artifact(tmp_path / "broken", model.state_dict(), info)
+    job = make_job(tmp_path / "broken", tmp_path / "output")
+
+    answer = worker.run((job, 1))
+
+    assert isinstance(answer, NotFinite)
+    assert "image 6 of class 2 is not finite" in str(answer)
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_device_that_rounds_differently_draws_only_where_mixing_is_allowed(
