@@ -82,8 +82,11 @@ class Plan(Config):
     code: str
     """Digest of the sources that draw: others may add in another order."""
 
-    def check(self) -> Self:
+    def check(self, option: str = "--num-images") -> Self:
         """This plan, if it can be carried out.
+
+        Args:
+            option: what its number of images was chosen by.
 
         Raises:
             ValueError: there are too few images, the classes do not divide them, or they have
@@ -92,14 +95,15 @@ class Plan(Config):
         classes = self.model.num_classes
         if self.num_images < MIN_IMAGES:
             raise ValueError(
-                f"{self.num_images} images are too few for the metrics: draw at least {MIN_IMAGES}"
+                f"{option}: {self.num_images} images are too few for the metrics: draw at least "
+                f"{MIN_IMAGES}"
             )
         if self.num_images % classes:
             low = self.num_images // classes * classes
             near = f"{low} or {low + classes}" if low else str(classes)
             raise ValueError(
-                f"{self.num_images} images cannot be spread evenly over {classes} classes: "
-                f"choose {near}"
+                f"{option}: {self.num_images} images cannot be spread evenly over {classes} "
+                f"classes: choose {near}"
             )
         if self.model.in_channels != 3:
             raise ValueError(

@@ -174,8 +174,9 @@ def resize_to(config: EvaluateConfig, reference: Reference, image_size: int) -> 
 
 
 def make_plan(
-    config: EvaluateConfig, source: Source, extractor: Identity, resize: int | None = None
-) -> Plan:
+    config: EvaluateConfig, source: Source, extractor: Identity, resize: int | None = None,
+    *, option: str = "--num-images",
+) -> Plan:  # fmt: skip
     """The plan that a config and a model make, for this machine's CPU.
 
     Args:
@@ -183,6 +184,7 @@ def make_plan(
         source: the model.
         extractor: identity of the extractor.
         resize: side to which the drawn images are resized, if they are.
+        option: what the number of images was chosen by.
 
     Raises:
         ValueError: it cannot be carried out.
@@ -204,7 +206,7 @@ def make_plan(
         device=device_name(torch.device("cpu")),
         torch=torch.__version__,
         code=code_sha256(),
-    ).check()
+    ).check(option)
 
 
 STRANGERS = {

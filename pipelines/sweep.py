@@ -150,22 +150,22 @@ class Sweep(NamedTuple):
         }
         return EvaluateConfig(**{**shared, **changes})
 
-    def plan(self, config: EvaluateConfig, cell: Cell) -> Plan:
-        """What a cell draws.
+    def plan(self, config: EvaluateConfig, cell: Cell, option: str) -> Plan:
+        """What a cell draws; the option is the one that chose how many images.
 
         Raises:
             ValueError: it cannot be carried out.
         """
         source = self.sources[cell.ema]
         resize = resize_to(config, self.reference, source.info.model.image_size)
-        plan = make_plan(config, source, self.extractor, resize)
+        plan = make_plan(config, source, self.extractor, resize, option=option)
         return plan.model_copy(update=self.drawn_by)
 
     def cell_job(self, cell: Cell) -> Job:
         """A cell's folder, and what it shall hold."""
         output = storage.join(self.config.output, "cells", cell.name)
         config = self.cell_config(cell, output, self.config.cell_images)
-        plan = self.plan(config, cell)
+        plan = self.plan(config, cell, "--cell-images")
         return Job(self.sources[cell.ema], plan, output, mix_devices=config.mix_devices)
 
     def winner_folder(self, cell: Cell) -> str:
@@ -176,7 +176,7 @@ class Sweep(NamedTuple):
         """The winner's evaluation, if this cell is it."""
         output = storage.join(self.config.output, self.winner_folder(cell))
         config = self.cell_config(cell, output, self.config.num_images)
-        plan = self.plan(config, cell)
+        plan = self.plan(config, cell, "--num-images")
         source = self.sources[cell.ema]
         return Job(source, plan, output, config.keep_images, config.mix_devices), config
 

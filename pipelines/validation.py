@@ -61,7 +61,8 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
         ValueError: they do not fit each other, the model, or the number of images.
     """
     model = config.model
-    _plan(model, config.flow, config.sampler, config.validation, "", "cpu").check()
+    plan = _plan(model, config.flow, config.sampler, config.validation, "", "cpu")
+    plan.check("--validation.num-images")
     extractor = get_extractor(config.validation.extractor, config.validation.weights).identity
     reference = read_reference(config.validation.reference)
     check_match(reference, extractor, model.image_size, model.num_classes, tuple(manifest.classes))

@@ -422,8 +422,9 @@ def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
     refused("no EMA of decay 0.7: the models given hold 0.5, 0.9", model="", models=(one, other),
             grid=GridConfig(ema=(0.7, 0.5)))  # fmt: skip
     refused("--model is missing", model="")
-    refused("15 images cannot be spread evenly over 10 classes: choose 10 or 20", cell_images=15)
-    refused("45 images cannot be spread evenly over 10 classes", num_images=45)
+    refused("--cell-images: 15 images cannot be spread evenly over 10 classes: choose 10 or 20",
+            cell_images=15)  # fmt: skip
+    refused("--num-images: 45 images cannot be spread evenly over 10 classes", num_images=45)
     refused("steps is chosen twice: 3 for all cells, and", grid=GridConfig(steps=(2, 3)),
             sampler=SamplerChoice(steps=3))  # fmt: skip
     refused("both model .* and models", models=(one,))

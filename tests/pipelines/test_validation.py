@@ -247,7 +247,9 @@ def test_a_validation_is_checked_before_training_starts(tiny_dataset, tmp_path, 
             train.run(config)
 
     refused("no reference at .*nowhere", reference=str(tmp_path / "nowhere.npz"))
-    refused("15 images cannot be spread evenly over 10 classes", num_images=15)
+    refused(
+        "--validation.num-images: 15 images cannot be spread evenly over 10 classes", num_images=15
+    )
     with pytest.raises(ValueError, match=r"validation.ema 0.5\d is not among optimizer.ema_decays"):
         config_for(tiny_dataset, tmp_path, validation={"reference": reference, "ema": 0.55})
     assert not (tmp_path / "run").exists()
