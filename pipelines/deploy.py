@@ -38,6 +38,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from pipelines.api import GRACE_S
 from pipelines.config import DeployConfig, ServeConfig, StageFailed
@@ -315,7 +316,11 @@ def apply(document: dict[str, Any], config: DeployConfig) -> None:
 def nodes_of(client: ServeSubmissionClient, address: str) -> tuple[list[dict[str, float]], bool]:
     """Resources of each node of a cluster, and whether it may start others."""
     status = client._do_request("GET", "/api/cluster_status")
-    found = list_nodes(address, filters=[("state", "=", "ALIVE")], detail=True, limit=10_000)
+    try:
+        found = list_nodes(address, filters=[("state", "=", "ALIVE")], detail=True, limit=10_000)
+    except RayStateApiException as error:
+        logger.warning("the cluster does not tell its nodes: %s", error)
+        return [], True
     return (
         [node.resources_total or {} for node in found],
         has_autoscaler(status.json() if status.ok else {}),
