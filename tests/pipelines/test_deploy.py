@@ -254,6 +254,19 @@ def test_replicas_that_no_node_has_room_for_are_refused_before_those_that_run_ar
         deploy.check_room(with_gpu, [{"CPU": 64.0}], False)
 
 
+@pytest.mark.parametrize(
+    ("types", "grows"),
+    [({"0a1b": "node_0a1b"}, False), ({"0a1b": "head", "2c3d": "gpu-worker"}, True), ({}, True)],
+    ids=["ray start", "ray up", "nothing is said"],
+)
+def test_a_cluster_with_types_of_nodes_may_grow(types: dict[str, str], grows: bool):
+    report = {"nodeTypeMapping": types}
+    said = {"data": {"clusterStatus": {"autoscalerReport": report}}}
+
+    assert deploy.has_autoscaler(said) == grows
+    assert deploy.has_autoscaler({})
+
+
 def test_a_serve_that_listens_elsewhere_is_not_given_the_keys_of_another_address(
     artifact: Path, capsys: pytest.CaptureFixture[str]
 ):
