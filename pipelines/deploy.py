@@ -352,8 +352,8 @@ def check_room(wanted: ServeDeploySchema, nodes: list[dict[str, float]], may_gro
     deployment = wanted.applications[0].deployments[0]
     told = deployment.model_dump(exclude_unset=True)
     actor, scaling = told.get("ray_actor_options") or {}, told.get("autoscaling_config") or {}
-    replicas = told.get("num_replicas", scaling.get("min_replicas", 1))
-    replicas = replicas if isinstance(replicas, int) else 1
+    replicas = told.get("num_replicas") or scaling.get("min_replicas") or 1
+    replicas = replicas if isinstance(replicas, int) else 1  # or "auto"
     for kind, need in (("CPU", actor.get("num_cpus") or 0), ("GPU", actor.get("num_gpus") or 0)):
         largest = max((node.get(kind, 0) for node in nodes), default=0)
         room = sum(node.get(kind, 0) // need for node in nodes) if need else replicas

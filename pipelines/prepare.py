@@ -33,7 +33,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def run(config: PrepareConfig) -> None:
         check_workers(config.workers)
         storage.check_writable(output)
         with contextlib.ExitStack() as stack:
-            held, *_ = [stack.enter_context(lease.claim(place)) for place in writers]
+            held = [stack.enter_context(lease.claim(place)) for place in writers]
             if not is_finished(folders):
                 if not cheap:
                     list_tars(output, source, index)
@@ -140,7 +140,8 @@ def run(config: PrepareConfig) -> None:
                 classes = classes_of(source, Index(index))
                 write_shards(folders, source.root, classes, job, config, held)
                 refuse_replaced(config, job)
-                held.check()
+                for each in held:
+                    each.check()
                 publish(folders, classes, job, config)
             for place in places[1:]:
                 storage.delete(storage.join(place, WORK))
@@ -401,7 +402,7 @@ def write_shards(
     classes: list[ClassInfo],
     job: Job,
     config: PrepareConfig,
-    held: lease.Lease,
+    held: Sequence[lease.Lease],
 ) -> None:
     """Write the shards that have no valid entry yet, one Ray task each.
 
@@ -430,7 +431,8 @@ def write_shards(
     written = specs.map(task, num_cpus=1, compute=pool)
     with contextlib.closing(stop.rows(written)) as answers:
         for row in answers:
-            held.check()
+            for each in held:
+                each.check()
             if row["refused"]:
                 raise PermissionError(row["error"])
             if row["error"]:

@@ -169,7 +169,11 @@ def open_input(uri: str) -> pa.NativeFile:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it is a pipe, socket or device.
     """
+    local = local_path(uri)
+    if local is not None:
+        _refuse_odd(local)
     system, path = filesystem(uri)
     with honest_errors(uri):
         return system.open_input_file(path)

@@ -24,6 +24,8 @@ ZERO = bytes(BLOCK)
 RECORD = 20 * BLOCK
 """Writers fill an archive up to a multiple of it."""
 LONGEST_NAME = 2**16
+LONGEST_PAX = 2**24
+"""Bytes of a pax header; one attribute of a file may have 64 KiB."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """How gzip, bzip2, xz and Zstandard begin."""
 KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device",
@@ -99,7 +101,12 @@ def members(ranges: storage.Ranges, first: int = 0, length: int | None = None) -
             if kind == b"L":
                 name = ranges.read(data, min(size, LONGEST_NAME)).rstrip(b"\0")
             elif kind == b"x":
-                pax = _pax(ranges, data, data + size)
+                if size > LONGEST_PAX:
+                    raise ValueError(
+                        f"{ranges.uri}: the pax header at byte {data - BLOCK} has {size} bytes, "
+                        f"more than {LONGEST_PAX}: it is damaged"
+                    )
+                pax = _pax(ranges.read(data, size))
             continue
         raw = pax.get(b"path") or name or _name(block)
         name, pax = b"", {}
@@ -143,25 +150,15 @@ def _name(block: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
-def _pax(ranges: storage.Ranges, place: int, end: int) -> dict[bytes, bytes]:
-    """Records of the form "25 path=some/long/name\\n", where 25 counts all of it.
-
-    The value of one that is longer than any name is cut.
-    """
-    found = {}
-    content, start = b"", place
-    while place < end:
-        record = content[place - start :]
-        digits, _, _ = record.partition(b" ")
+def _pax(content: bytes) -> dict[bytes, bytes]:
+    """Records of the form "25 path=some/long/name\\n", where 25 counts all of it."""
+    found, place = {}, 0
+    while place < len(content):
+        digits, _, _ = content[place : place + 20].partition(b" ")
         length = _decimal(digits)
-        is_first = place == start and content
-        if not is_first and not 0 < length <= len(record):  # cut off: read on from its beginning
-            content, start = ranges.read(place, min(LONGEST_NAME, end - place)), place
-            if content:
-                continue
-        if not len(digits) < length <= end - place:
+        if not len(digits) < length <= len(content) - place:
             break
-        key, _, value = record[len(digits) + 1 : length - 1].partition(b"=")
+        key, _, value = content[place + len(digits) + 1 : place + length - 1].partition(b"=")
         found[key] = value
         place += length
     return found

@@ -249,6 +249,13 @@ def test_replicas_that_no_node_has_room_for_are_refused_before_those_that_run_ar
         deploy.check_room(wanted, [], False)
     deploy.check_room(wanted, [{"CPU": 2.0}], True)
     assert "room for 0 replicas until its autoscaler" in caplog.text
+    scaled = yaml.safe_load(yaml.safe_dump(found))
+    scaled["applications"][0]["deployments"][0] |= {
+        "num_replicas": None,
+        "autoscaling_config": {"min_replicas": 4, "max_replicas": 8},
+    }
+    with pytest.raises(ValueError, match="4 replicas of 3 CPUs"):
+        deploy.check_room(ServeDeploySchema.model_validate(scaled), [{"CPU": 9.0}], False)
     with_gpu = ServeDeploySchema.model_validate(printed(capsys, str(artifact), "--gpus", "1"))
     with pytest.raises(ValueError, match="1 replicas of 1 GPUs"):
         deploy.check_room(with_gpu, [{"CPU": 64.0}], False)

@@ -765,6 +765,16 @@ def test_a_name_behind_a_long_attribute_is_found(tmp_path: Path) -> None:
         ]
 
 
+def test_a_pax_header_of_many_megabytes_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(_with_pax_size("1" * (tars.LONGEST_PAX + 1)))
+
+    with (
+        storage.Ranges(str(tmp_path / "a.tar")) as ranges,
+        pytest.raises(ValueError, match=r"pax header at byte 0 has 167772\d\d bytes, more than"),
+    ):
+        list(tars.members(ranges))
+
+
 def test_the_layout_of_a_tar_is_seen_behind_a_few_other_members(tmp_path: Path) -> None:
     inner = tar([("1.png", b"1")])
     (tmp_path / "nested.tar").write_bytes(tar([("README", b""), ("n01440764.tar", inner)]))

@@ -291,7 +291,7 @@ def test_a_worker_with_other_tools_stops_the_job_with_its_own_words(
         pytest.raises(RuntimeError, match=message),
     ):
         prepare.write_shards(
-            {32: str(output)}, source.root, source.classes, other, _config(tree, output), held
+            {32: str(output)}, source.root, source.classes, other, _config(tree, output), [held]
         )
 
 

@@ -216,7 +216,7 @@ def test_links_are_followed_but_loops_pipes_and_odd_names_do_no_harm(tmp_path: P
     found = [os.fsencode(e.relative) for e in storage.list_files(str(tree), suffixes=(".png",))]
 
     assert found == [b"gone.png", b"linked/a.png", b"pipe.png", b"\xff.png"]
-    for read in (storage.read_bytes, storage.version, storage.Ranges):
+    for read in (storage.read_bytes, storage.version, storage.Ranges, storage.open_input):
         with pytest.raises(OSError, match="a pipe, socket or device, not a file"):
             read(str(tree / "pipe.png"))
 
