@@ -1,7 +1,7 @@
 """Evaluation: the job against a bare loop, features, metrics, and guided sampling.
 
 Each part is a process of its own or has one: threads are a process's, and so is its peak of memory.
-`python tests/bench evaluate` runs all of them; `EVALUATE_PARTS=features,metrics` chooses.
+`PARTS="features metrics" make bench WHAT=evaluate` chooses some.
 """
 
 from __future__ import annotations
@@ -370,7 +370,7 @@ PARTS = {
 
 
 def run() -> dict:
-    chosen = os.environ.get("EVALUATE_PARTS", ",".join(PARTS)).split(",")
+    chosen = os.environ.get("PARTS", "").split() or list(PARTS)
     return {"torch": torch.__version__, "tables": [PARTS[part]() for part in chosen]}
 
 

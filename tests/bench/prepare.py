@@ -3,6 +3,7 @@
 Needs the photographs of the tests. The bare loop is one process that decodes, crops and encodes;
 what Ray, Parquet, digests and publishing cost beyond it is the efficiency. 5 GB of disk are taken
 for a while: ImageNet's tar in its real size, all holes but the headers.
+`PARTS="efficiency index" make bench WHAT=prepare` chooses some.
 """
 
 from __future__ import annotations
