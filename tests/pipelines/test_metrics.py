@@ -311,8 +311,14 @@ def test_scores_and_kernel_distances_agree_with_torch_fidelity():
     assert kernel_distance(a, b, subsets=10) == pytest.approx(tuple(kid.values()), rel=1e-4)
 
 
-def test_precision_and_recall_agree_with_torch_fidelity_whatever_the_block(monkeypatch):
+@pytest.mark.parametrize("outliers", ["anywhere", "first", "last"])
+def test_precision_and_recall_agree_with_torch_fidelity_whatever_the_block(
+    outliers: str, monkeypatch: pytest.MonkeyPatch
+):
     a, b = features(1, 700, 48), features(2, 600, 48, shift=0.4)
+    if outliers != "anywhere":  # rows learn of ever nearer neighbours, or of none after the first
+        sign = -1 if outliers == "first" else 1
+        a, b = (x[np.argsort(sign * np.linalg.norm(x - x.mean(0), axis=1))] for x in (a, b))
     expected = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), verbose=False)
 
     monkeypatch.setattr(metrics, "BLOCK", 97)
