@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from pipelines import features, metrics
 from pipelines.features import get_extractor
@@ -82,6 +83,17 @@ def test_the_quick_networks_compute_what_the_packages_compute(
     expected_spatial = layer[0].permute(0, 2, 3, 1)[..., :7].reshape(3, 2023)
     assert expected_spatial.std() > 0.05
     torch.testing.assert_close(spatial, expected_spatial, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (32, 48), (512, 299), (1, 2)])
+def test_pixels_are_resized_as_torch_fidelity_does(height: int, width: int):
+    pixels = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+
+    expected = interpolate_bilinear_2d_like_tensorflow1x(
+        pixels.float(), size=(299, 299), align_corners=False
+    )
+
+    assert torch.equal(features.resize_like_tensorflow1(pixels, 299), expected)
 
 
 @pytest.mark.slow
