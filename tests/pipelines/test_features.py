@@ -85,7 +85,7 @@ def test_the_quick_networks_compute_what_the_packages_compute(
     torch.testing.assert_close(spatial, expected_spatial, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("height, width", [(256, 256), (32, 48), (512, 299), (1, 2)])
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (32, 48), (512, 299), (1, 2)])
 def test_pixels_are_resized_as_torch_fidelity_does(height: int, width: int):
     pixels = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
 
