@@ -126,7 +126,15 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Features:
-        """Features of a batch of pixels, uint8 [B, 3, H, W], on the extractor's device."""
+        """Features of a batch of pixels, uint8 [B, 3, H, W], on the extractor's device.
+
+        Raises:
+            ValueError: the pixels are of another type or shape.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(
+                f"pixels must be uint8 [B, 3, H, W], not {pixels.dtype} {list(pixels.shape)}"
+            )
         # TF32 would move the third digit of a feature, and autotuning would make it depend on luck.
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
@@ -284,7 +292,9 @@ def _dinov2(weights: str | bytes, device: torch.device) -> Extractor:
 
 def _pool_after(block: nn.Module) -> nn.Module:
     """The same block, but with its 1 x 1 convolution before its mean over 3 x 3 pixels, which then
-    is of a fifth of the channels."""
+    is of a quarter of the channels or fewer. Both are linear, and the mean leaves a bias alone, as
+    it does not count the padding.
+    """
     graph = torch.fx.symbolic_trace(block)
     for pool in graph.graph.find_nodes(op="call_function", target=F.avg_pool2d):
         (conv,) = pool.users

@@ -85,6 +85,15 @@ def test_the_quick_networks_compute_what_the_packages_compute(
     torch.testing.assert_close(spatial, expected_spatial, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["efflite0", "inception"])
+def test_other_things_than_pixels_are_refused(name: str, inception_file: Path):
+    extractor = get_extractor(name, "" if name == "efflite0" else str(inception_file))
+
+    for wrong in (torch.rand(1, 3, 40, 40), torch.zeros(1, 1, 40, 40, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"uint8 \[B, 3, H, W\]"):
+            extractor(wrong)
+
+
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (32, 48), (512, 299), (1, 2)])
 def test_pixels_are_resized_as_torch_fidelity_does(height: int, width: int):
     pixels = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
