@@ -295,14 +295,14 @@ def _pool_after(block: nn.Module) -> nn.Module:
     is of a quarter of the channels or fewer. Both are linear, and the mean leaves a bias alone, as
     it does not count the padding.
     """
-    graph = torch.fx.symbolic_trace(block)
-    for pool in graph.graph.find_nodes(op="call_function", target=F.avg_pool2d):
+    traced = torch.fx.symbolic_trace(block)
+    for pool in traced.graph.find_nodes(op="call_function", target=F.avg_pool2d):
         (conv,) = pool.users
         conv.replace_all_uses_with(pool)
         conv.args, pool.args = pool.args, (conv,)
         conv.append(pool)
-    graph.recompile()
-    return graph
+    traced.recompile()
+    return traced
 
 
 def resize_like_tensorflow1(pixels: Tensor, size: int) -> Tensor:
