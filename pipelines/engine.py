@@ -10,7 +10,9 @@ Who is next: the waiting request with the fewest images in slots, then the earli
 that one request for sixteen images does not keep sixteen requests for one image waiting; but a
 request whose time runs short goes first, so that they do not starve it either. What will not fit
 the queue, or not be done in time at the measured speed, or make an accepted request late, is
-refused at once (`QueueFull`): the schedule is played through to know it.
+refused at once (`QueueFull`): the schedule is played through to know it. Speed may fall after that:
+what waits without a slot and can no longer be in time at today's speed is refused then, since it
+would only take time from those that can.
 
 Rows are gathered from the occupied slots, and the unconditional pass adds rows only for slots whose
 guidance is active, so the network's batch changes from tick to tick. On a CPU time grows with the
@@ -28,8 +30,10 @@ from __future__ import annotations
 import heapq
 import logging
 import math
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -48,13 +52,15 @@ logger = logging.getLogger(__name__)
 UNHEALTHY_FAILURES = 3
 RESERVE = 1.5
 """A request is accepted if it would be in time even if all took this many times as long."""
+RESERVE_WAITING = 1.2
+"""One that still waits goes on waiting if its own images would be, even at this many times."""
 _UNSEEN = torch.empty(0)  # an image of a schedule that is only played through
 Preview = Callable[[int, int, Tensor], None]
 """Called as (position in the request, step, x_pred [C, H, W] on the CPU) by the engine's thread."""
 
 
 class QueueFull(RuntimeError):
-    """There is no room for the request, or no time."""
+    """There is no room for the request, or no time; or none any more, since ticks got slower."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -109,6 +115,8 @@ class _Request:
     future: Future[Drawn]
     on_preview: Preview | None
     preview_steps: Collection[int]
+    ticks: float
+    """That its images take once they have the slots."""
     started: float = math.nan
     dealt: int = 0
     """Drawings that have, or had, a slot."""
@@ -265,6 +273,7 @@ class Engine:
         """Ticks that raised since the last that did not."""
         self.ticks, self.ticking_s, self.images = 0, 0.0, 0
         """Ticks that drew, the seconds they took, and images that were finished, since ever."""
+        self._recent: deque[float] = deque(maxlen=9)  # seconds of the last ticks
         self._ended: float | None = None  # when the last tick ended, if images were on their way
         self._rows = 0  # that the network saw in the last tick, without padding
         self._pad_to = sorted(pad_to)
@@ -342,7 +351,9 @@ class Engine:
             # Under overload every accepted request is the last one that fits, so an estimate
             # without a reserve would let half of them come late.
             waiting_s = backlog_s if images + len(drawings) > len(self._slots) else 0.0
-            needed_s = RESERVE * (waiting_s + self._expected_s(drawings))
+            longest = max(d.evaluations for d in drawings)
+            ticks = max(longest, sum(d.evaluations for d in drawings) / len(self._slots))
+            needed_s = RESERVE * (waiting_s + ticks * self.tick_s)
             if backlog_s > 0 and needed_s > timeout_s:  # an idle engine always tries
                 raise QueueFull(
                     f"the images would take up to {needed_s:.1f} s ({RESERVE * waiting_s:.1f} s "
@@ -358,6 +369,7 @@ class Engine:
                 future=future,
                 on_preview=on_preview,
                 preview_steps=preview_steps,
+                ticks=ticks,
             )
             late = self._late([*self._requests, request], now) if backlog_s > 0 else set()
             if late and late - self._late(self._requests, now):
@@ -433,6 +445,7 @@ class Engine:
         seconds = now - (began if self._ended is None else self._ended)
         self._ended = now if any(slot is not None for slot in self._slots) else None
         self.ticks, self.ticking_s = self.ticks + 1, self.ticking_s + seconds
+        self._recent.append(seconds)
         # Quick to see that ticks got slower, slow to believe that they got faster: what is
         # accepted in a short lull would be late after it. Fewer rows say no more of a full tick
         # than that it takes at least as long, and at most as much longer as it has more rows.
@@ -454,9 +467,18 @@ class Engine:
             self.tick()
 
     def _forget(self, now: float) -> None:
-        """Fails late requests; drops what is done, failed or cancelled."""
+        """Fails late requests, and waiting ones that will be; drops what is done or cancelled."""
+        busy = any(slot is not None for slot in self._slots)  # else it is worth a try
+        tick_s = statistics.median_low(self._recent) if self._recent else 0.0  # no single stall
         for request in self._requests:
-            if now >= request.deadline and not request.future.done():
+            left_s, needed_s = request.deadline - now, request.ticks * tick_s
+            if busy and request.dealt == 0 and 0 < left_s < RESERVE_WAITING * needed_s:
+                why = (
+                    f"the server became slower: the images would take {needed_s:.1f} s now, "
+                    f"and {left_s:.1f} s are left of the deadline"
+                )
+                _settle(request.future, QueueFull(why, needed_s))
+            if left_s <= 0 and not request.future.done():
                 done, all_ = len(request.images), len(request.drawings)
                 seconds = request.deadline - request.submitted
                 _settle(
@@ -610,11 +632,6 @@ class Engine:
                 done = len(request.images) == len(request.drawings)
                 if done and now + tick * tick_s > request.deadline:
                     late.add(number)
-
-    def _expected_s(self, drawings: Sequence[Drawing]) -> float:
-        """Seconds for a request's own images, once they have the slots."""
-        longest = max(d.evaluations for d in drawings)
-        return max(longest, sum(d.evaluations for d in drawings) / len(self._slots)) * self.tick_s
 
 
 def _settle(future: Future[Drawn], outcome: Drawn | Exception) -> None:

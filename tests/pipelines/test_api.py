@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ import numpy as np
 import openai
 import pytest
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -36,6 +34,7 @@ from pipelines.engine import Engine
 from pipelines.generation import ImageRequest, plan
 from pipelines.guard import Key, digest_of, read_keys
 from pipelines.telemetry import RequestRecord
+from tests.servers import listening
 
 PATH = "/v1/images/generations"
 KEYS = ("correct horse", "battery staple")
@@ -97,27 +96,9 @@ def client(service: Service) -> TestClient:
     return client_of(service)
 
 
-@contextlib.contextmanager
-def listening(service: Service) -> Iterator[str]:
-    """The application on a real socket; its URL."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(Live(service)), port=port, log_level="warning")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
-
-
 @pytest.fixture(scope="module")
 def url(service: Service) -> Iterator[str]:
-    with listening(service) as url:
+    with listening(create_app(Live(service)), log_level="warning") as url:
         yield url
 
 

@@ -11,14 +11,11 @@ import json
 import logging
 import re
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 
 from jitmodel.artifact import ArtifactInfo, load_artifact, read_info, save_artifact
 from jitmodel.config import ModelConfig, SamplerConfig
@@ -28,6 +25,7 @@ from pipelines.config import ServeConfig
 from pipelines.engine import Engine
 from pipelines.front import Front
 from pipelines.guard import Key, digest_of
+from tests.servers import listening
 
 PATH = "/v1/images/generations"
 KEY, OLD = "of today", "of yesterday"
@@ -54,18 +52,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Live
     config = ServeConfig(model=str(folder), slots=4)
     live = Live(Service(engine, read_info(folder), config, "tiny", 1, known(OLD)))
     live.current = dataclasses.replace(live.service, keys=known(KEY))  # as a reload does it
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    app = Front(create_app(live))
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="info", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield port, live
-    server.should_exit = True
-    thread.join()
+    with listening(Front(create_app(live)), log_level="info", lifespan="off") as url:
+        yield int(url.rpartition(":")[2]), live
     engine.close()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from collections import Counter
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, Literal
@@ -242,14 +244,14 @@ class Clock:
     """Time that passes only in the network, whatever the machine does: 10 ms for eight images."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now, self.slower = 0.0, 1.0
         self.config, self.flow = CONFIG, FlowConfig()
 
     def monotonic(self) -> float:
         return self.now
 
     def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.now += 0.002 + 0.001 * len(z)
+        self.now += self.slower * (0.002 + 0.001 * len(z))
         return torch.zeros_like(z)
 
 
@@ -280,7 +282,7 @@ def test_nobody_who_was_accepted_is_late(monkeypatch: pytest.MonkeyPatch, load: 
             clock.now += 0.001
     run_dry(engine)
 
-    late = [f for f in small + large if isinstance(f.exception(0), DeadlineExceeded)]
+    late = [f for f in small + large if f.exception(0) is not None]
     assert not late, f"{len(late)} of {len(small)} small and {len(large)} large"
     assert len(small) > 0.6 * 2.5 * timeout_s / (every_s * load), "small ones still join"
     assert large, "and large ones are not shut out"
@@ -307,7 +309,57 @@ def test_a_burst_after_light_traffic_is_not_taken_for_as_cheap(
     run_dry(engine)
 
     assert len(taken) > 8, "more than the slots hold have the time"
-    assert not [f for f in taken if isinstance(f.exception(0), DeadlineExceeded)]
+    assert not [f for f in taken if f.exception(0) is not None]
+
+
+def full_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, list[Future[Drawn]]]:
+    """An engine with eight images in slots and others waiting, as many as have time."""
+    monkeypatch.setattr("pipelines.engine.time", clock)
+    engine = Engine(clock, torch.device("cpu"), slots=8, max_queue=64)
+    engine.warm_up()
+    taken: list[Future[Drawn]] = []
+    guided = drawing(steps=50, solver="heun", cfg_scale=2.0, cfg_interval=(0, 1))
+    for _ in range(72):
+        with suppress(QueueFull):
+            taken.append(engine.submit([guided], timeout_s=10))
+    engine.tick()
+    assert engine.running == 8 < len(taken) - 8
+    return engine, taken
+
+
+@pytest.mark.parametrize("slower", [1.4, 2, 5])
+def test_what_waits_in_vain_once_ticks_are_slower_is_told_so_and_leaves_the_others_their_time(
+    monkeypatch: pytest.MonkeyPatch, slower: float
+):
+    clock = Clock()
+    engine, taken = full_of(clock, monkeypatch)
+    told: list[float] = []
+    for future in taken:
+        future.add_done_callback(lambda f: told.append(clock.now) if f.exception(0) else None)
+
+    clock.slower = slower
+    run_dry(engine)
+
+    outcomes = Counter(type(f.exception(0)) for f in taken)
+    assert set(outcomes) == ({type(None)} if slower == 1.4 else {type(None), QueueFull})
+    assert outcomes[type(None)] >= 8, "those in slots are done"
+    assert all(at < 10 for at in told), "before the deadline"
+    if slower == 2:
+        assert outcomes[type(None)] > 8, "and those that had the time"
+        refused = next(f.exception(0) for f in taken if f.exception(0))
+        assert re.fullmatch(r"the server .* 3\.6 s now, and [2-4]\.\d s are left .*", str(refused))
+        assert isinstance(refused, QueueFull)
+        assert refused.retry_after_s > 0
+
+
+def test_a_single_stall_makes_nobody_give_way(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    engine, taken = full_of(clock, monkeypatch)
+
+    clock.now += 2
+    run_dry(engine)
+
+    assert not [f for f in taken if f.exception(0) is not None]
 
 
 def test_what_held_the_machine_up_is_forgotten_though_the_slots_are_never_full(

