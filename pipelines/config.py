@@ -543,7 +543,7 @@ class ServeConfig(StageConfig):
     """Resize images to the square that a request asks for, up to 1024 pixels; by default only the
     model's own size is drawn, and others are refused."""
     timeout_s: PositiveFloat = 120.0
-    """Deadline of a request."""
+    """Deadline of a request (504); a busy server refuses what it cannot draw by then with 429."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the network."""
     compile: bool = False
