@@ -274,6 +274,7 @@ class Engine:
         self.ticks, self.ticking_s, self.images = 0, 0.0, 0
         """Ticks that drew, the seconds they took, and images that were finished, since ever."""
         self._recent: deque[float] = deque(maxlen=9)  # seconds of the last ticks
+        self._usual_s = 0.0  # their median, which no single stall moves
         self._ended: float | None = None  # when the last tick ended, if images were on their way
         self._rows = 0  # that the network saw in the last tick, without padding
         self._pad_to = sorted(pad_to)
@@ -446,6 +447,7 @@ class Engine:
         self._ended = now if any(slot is not None for slot in self._slots) else None
         self.ticks, self.ticking_s = self.ticks + 1, self.ticking_s + seconds
         self._recent.append(seconds)
+        self._usual_s = statistics.median_low(self._recent)
         # Quick to see that ticks got slower, slow to believe that they got faster: what is
         # accepted in a short lull would be late after it. Fewer rows say no more of a full tick
         # than that it takes at least as long, and at most as much longer as it has more rows.
@@ -469,9 +471,8 @@ class Engine:
     def _forget(self, now: float) -> None:
         """Fails late requests, and waiting ones that will be; drops what is done or cancelled."""
         busy = any(slot is not None for slot in self._slots)  # else it is worth a try
-        tick_s = statistics.median_low(self._recent) if self._recent else 0.0  # no single stall
         for request in self._requests:
-            left_s, needed_s = request.deadline - now, request.ticks * tick_s
+            left_s, needed_s = request.deadline - now, request.ticks * self._usual_s
             if busy and request.dealt == 0 and 0 < left_s < RESERVE_WAITING * needed_s:
                 why = (
                     f"the server became slower: the images would take {needed_s:.1f} s now, "
