@@ -537,13 +537,13 @@ class ServeConfig(StageConfig):
     """Images that may wait; more are refused with 429."""
     max_images: PositiveInt = 16
     """Largest n of one request."""
-    max_steps: PositiveInt = 250
+    max_steps: int = Field(250, ge=1, le=10_000)
     """Largest number of sampling steps of one request."""
     resize: bool = False
     """Resize images to the square that a request asks for, up to 1024 pixels; by default only the
     model's own size is drawn, and others are refused."""
     timeout_s: PositiveFloat = 120.0
-    """Deadline of a request (504); a busy server refuses what it cannot draw by then with 429."""
+    """Deadline of a request (504); a busy server refuses what it could not draw in time (429)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the network."""
     compile: bool = False

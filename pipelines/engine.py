@@ -10,9 +10,9 @@ Who is next: the waiting request with the fewest images in slots, then the earli
 that one request for sixteen images does not keep sixteen requests for one image waiting; but a
 request whose time runs short goes first, so that they do not starve it either. What will not fit
 the queue, or not be done in time at the measured speed, or make an accepted request late, is
-refused at once (`QueueFull`): the schedule is played through to know it. Speed may fall after that:
-what waits without a slot and can no longer be in time at today's speed is refused then, since it
-would only take time from those that can.
+refused at once (`QueueFull`): the schedule is played through to know it. Ticks may become slower
+after that: a request that waits and would be late even at the speed of the fastest recent tick, or
+whose turn comes too late for the usual one, is refused then; it would only take time from others.
 
 Rows are gathered from the occupied slots, and the unconditional pass adds rows only for slots whose
 guidance is active, so the network's batch changes from tick to tick. On a CPU time grows with the
@@ -52,15 +52,15 @@ logger = logging.getLogger(__name__)
 UNHEALTHY_FAILURES = 3
 RESERVE = 1.5
 """A request is accepted if it would be in time even if all took this many times as long."""
-RESERVE_WAITING = 1.2
-"""One that still waits goes on waiting if its own images would be, even at this many times."""
+RECENT_TICKS = 31
+"""The usual one is their median: no stall or short spell of slow ticks moves it."""
 _UNSEEN = torch.empty(0)  # an image of a schedule that is only played through
 Preview = Callable[[int, int, Tensor], None]
 """Called as (position in the request, step, x_pred [C, H, W] on the CPU) by the engine's thread."""
 
 
 class QueueFull(RuntimeError):
-    """There is no room for the request, or no time; or none any more, since ticks got slower."""
+    """There is no room for the request, or no time; or none any more, since ticks became slower."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -117,6 +117,8 @@ class _Request:
     preview_steps: Collection[int]
     ticks: float
     """That its images take once they have the slots."""
+    is_tried: bool
+    """Whether an idle engine took it, which looks at no time."""
     started: float = math.nan
     dealt: int = 0
     """Drawings that have, or had, a slot."""
@@ -167,13 +169,13 @@ class _Line:
         while self._urgent:
             _, until, number, dealt = self._urgent[0]
             request = self._requests[number]
-            if now <= until and dealt == request.dealt:
+            if now <= until and dealt == request.dealt and not request.future.done():
                 return request
             heapq.heappop(self._urgent)
         while self._calm:
             running, _, number = self._calm[0]
             request = self._requests[number]
-            if request.waiting and running == request.running:
+            if request.waiting and running == request.running and not request.future.done():
                 return request
             heapq.heappop(self._calm)
         return None
@@ -273,8 +275,8 @@ class Engine:
         """Ticks that raised since the last that did not."""
         self.ticks, self.ticking_s, self.images = 0, 0.0, 0
         """Ticks that drew, the seconds they took, and images that were finished, since ever."""
-        self._recent: deque[float] = deque(maxlen=9)  # seconds of the last ticks
-        self._usual_s = 0.0  # their median, which no single stall moves
+        self._recent: deque[float] = deque(maxlen=RECENT_TICKS)  # seconds of each
+        self._usual_s = self._fastest_s = 0.0  # the median of them, and the least
         self._ended: float | None = None  # when the last tick ended, if images were on their way
         self._rows = 0  # that the network saw in the last tick, without padding
         self._pad_to = sorted(pad_to)
@@ -323,7 +325,9 @@ class Engine:
 
         Args:
             drawings: the images; they are drawn together as far as slots allow.
-            timeout_s: seconds until the request fails with `DeadlineExceeded`.
+            timeout_s: seconds until the request fails with `DeadlineExceeded`. One that found the
+                engine at work fails with `QueueFull` once it waited for so long, because ticks
+                became slower, that less than its own time is left.
             on_preview: called with x_pred of every image at each of `preview_steps`; it must be
                 quick, the whole batch waits for it.
             preview_steps: numbers of steps, from 0.
@@ -371,6 +375,7 @@ class Engine:
                 on_preview=on_preview,
                 preview_steps=preview_steps,
                 ticks=ticks,
+                is_tried=backlog_s == 0,
             )
             late = self._late([*self._requests, request], now) if backlog_s > 0 else set()
             if late and late - self._late(self._requests, now):
@@ -447,7 +452,7 @@ class Engine:
         self._ended = now if any(slot is not None for slot in self._slots) else None
         self.ticks, self.ticking_s = self.ticks + 1, self.ticking_s + seconds
         self._recent.append(seconds)
-        self._usual_s = statistics.median_low(self._recent)
+        self._usual_s, self._fastest_s = statistics.median_low(self._recent), min(self._recent)
         # Quick to see that ticks got slower, slow to believe that they got faster: what is
         # accepted in a short lull would be late after it. Fewer rows say no more of a full tick
         # than that it takes at least as long, and at most as much longer as it has more rows.
@@ -470,16 +475,9 @@ class Engine:
 
     def _forget(self, now: float) -> None:
         """Fails late requests, and waiting ones that will be; drops what is done or cancelled."""
-        busy = any(slot is not None for slot in self._slots)  # else it is worth a try
         for request in self._requests:
-            left_s, needed_s = request.deadline - now, request.ticks * self._usual_s
-            if busy and request.dealt == 0 and 0 < left_s < RESERVE_WAITING * needed_s:
-                why = (
-                    f"the server became slower: the images would take {needed_s:.1f} s now, "
-                    f"and {left_s:.1f} s are left of the deadline"
-                )
-                _settle(request.future, QueueFull(why, needed_s))
-            if left_s <= 0 and not request.future.done():
+            self._refuse_if_too_late(request, now, self._fastest_s)
+            if now >= request.deadline and not request.future.done():
                 done, all_ = len(request.images), len(request.drawings)
                 seconds = request.deadline - request.submitted
                 _settle(
@@ -497,7 +495,10 @@ class Engine:
         line = _Line(self._requests if free else (), len(self._slots), self.tick_s)
         for i in free:
             self._slots[i] = None
+        for i in free:
             request = line.first(now)
+            while request and self._refuse_if_too_late(request, now, self._usual_s):
+                request = line.first(now)
             if request is None:
                 continue
             if request.dealt == 0:
@@ -509,6 +510,18 @@ class Engine:
             line.join(request)
             joined.append((i, slot))
         return joined
+
+    def _refuse_if_too_late(self, request: _Request, now: float, tick_s: float) -> bool:
+        """Whether a request never had a slot and, at this speed, no longer can be in time."""
+        left_s, needed_s = request.deadline - now, request.ticks * tick_s
+        if request.dealt or request.is_tried or request.future.done() or left_s >= needed_s:
+            return False
+        why = (
+            f"the server became slower while the request waited: its images take {needed_s:.1f} s, "
+            f"and {max(0.0, left_s):.1f} s are left"
+        )
+        _settle(request.future, QueueFull(why, self._backlog() / len(self._slots) * self._usual_s))
+        return True
 
     def _draw_noise(self, joined: list[tuple[int, _Slot]]) -> None:
         if not joined:

@@ -3,8 +3,8 @@
 Errors have OpenAI's shape, `{"error": {message, type, param, code}}`: 400 a body that is no JSON
 object, 401 a missing or wrong key, 404 an unknown route or model, 408 a body that does not arrive,
 413 one that is too large, 415 one that does not say it is JSON, 422 a parameter that cannot be met
-(`param` names it), 429 with Retry-After a full queue or a key's share, 503 a failure of the engine,
-504 a passed deadline.
+(`param` names it), 429 with Retry-After no room, no time or a key's share, 503 a failure of the
+engine, 504 a passed deadline.
 POST needs `Content-Type: application/json`, and a link is not followed for a page of another
 origin (403), so that no such page can make a browser spend the server's time; without keys, 403
 too for a request whose Host is not this machine's.
@@ -208,7 +208,7 @@ def api_error(error: Exception) -> ApiError:
             seconds = max(1, math.ceil(error.retry_after_s))
             return ApiError(
                 429,
-                f"the queue is full: {error}. Try again in {seconds} s",
+                f"the server is busy: {error}. Try again in {seconds} s",
                 type="rate_limit_error",
                 code=QUEUE_FULL,
                 headers={"Retry-After": str(seconds)},

@@ -30,4 +30,4 @@ def listening(app: Any, **options: Any) -> Iterator[str]:
         finally:
             server.force_exit = server.should_exit = True
             thread.join(30)
-            assert not thread.is_alive(), "the server did not stop"
+        assert not thread.is_alive(), "the server did not stop"

@@ -158,6 +158,8 @@ def test_an_address_in_use_and_a_request_that_never_fits_are_refused(
         assert "cannot listen on --host 192.0.2.77" in error_of(capsys, *line, *more)
     both = error_of(capsys, str(artifact), "--port", "8123", "--metrics-port", "8123")
     assert "port and metrics_port are both 8123" in both
+    with pytest.raises(ValueError, match=r"max_steps\n.*less than or equal to 10000"):
+        ServeConfig(model="x", max_steps=10_001)  # a sampler takes no more
     with pytest.raises(ValueError, match="max_images 16 exceeds slots 8 \\+ max_queue 4"):
         ServeConfig(max_queue=4)
 
