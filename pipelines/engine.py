@@ -512,7 +512,7 @@ class Engine:
         return joined
 
     def _refuse_if_too_late(self, request: _Request, now: float, tick_s: float) -> bool:
-        """Whether a request never had a slot and, at this speed, no longer can be in time."""
+        """Refuses one that never had a slot and, at this speed, cannot be in time; says whether."""
         left_s, needed_s = request.deadline - now, request.ticks * tick_s
         if request.dealt or request.is_tried or request.future.done() or left_s >= needed_s:
             return False
