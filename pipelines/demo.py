@@ -21,7 +21,6 @@ import logging
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -39,6 +38,7 @@ from PIL import Image, ImageDraw
 from pipelines import storage
 from pipelines.config import DemoConfig, StageFailed
 from pipelines.images import decode_pixels
+from pipelines.ports import free_port
 from pipelines.report import image_grid, load_font
 from pipelines.shards import read_manifest
 
@@ -172,13 +172,6 @@ def say(number: int, title: str, command: list[str]) -> None:
     print(f"\n[{number}/{STAGES}] {title}", flush=True)
     if command:
         print(f"      $ {spell(command)}", flush=True)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -26,7 +26,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -51,6 +50,7 @@ from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig, require
 from pipelines.engine import Engine
 from pipelines.guard import KEY_VARIABLE, is_loopback, read_keys
+from pipelines.ports import free_port, try_to_bind
 from pipelines.replica import Server, opened, try_out, wish
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def run(config: ServeConfig) -> None:
     """
     info = check(config)
     if config.dry_run:
-        free_port(config)
+        free_port_of(config)
         print(config.model_dump_json(indent=2))
         print(f"would serve {describe(info)} at {url_of(config)}")
         return
@@ -107,7 +107,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
         ValueError, FileNotFoundError: as `run`.
     """
     info = check(config)
-    free = free_port(config)
+    free = free_port_of(config)
     if not config.port:
         config = config.model_copy(update={"port": free})
     check_port(config.host, config.port, "--port")
@@ -305,7 +305,7 @@ def check_port(host: str, port: int, option: str) -> None:
         ValueError: naming the address.
     """
     try:
-        bound_port(host, port)
+        try_to_bind(host, port)
     except OSError as error:
         raise ValueError(
             f"cannot listen on {host}:{port} ({error.strerror}): choose another {option}, or 0 "
@@ -313,28 +313,19 @@ def check_port(host: str, port: int, option: str) -> None:
         ) from error
 
 
-def free_port(config: ServeConfig) -> int:
-    """A port of the host that nobody listens on.
+def free_port_of(config: ServeConfig) -> int:
+    """A port of the config's host that nobody listens on.
 
     Raises:
         ValueError: the host is no address of this machine.
     """
     try:
-        return bound_port(config.host, 0)
+        return free_port(config.host)
     except OSError as error:
         raise ValueError(
             f"cannot listen on --host {config.host} ({error.strerror}): name an address of this "
             "machine, such as 127.0.0.1"
         ) from error
-
-
-def bound_port(host: str, port: int) -> int:
-    """Binds to a port and lets it go again; which one it was."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((host, port))
-        return int(s.getsockname()[1])
 
 
 def url_of(config: ServeConfig) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipelines import ports
 from tests.seaweed import serve_s3
 
 # Set before anything imports ray or torch, and inherited by every worker process.
@@ -107,9 +107,7 @@ def short_tmp() -> Iterator[Path]:
 @pytest.fixture
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    return ports.free_port()
 
 
 @pytest.fixture(scope="session")

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-
-def _ports(count: int) -> list[int]:
-    """Free ports whose number plus 10,000, which SeaweedFS takes for gRPC, is a port as well."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        if port < 55_000 and port not in found:
-            found.append(port)
-    return found
+from pipelines.ports import free_port
 
 
 @contextlib.contextmanager
@@ -33,13 +22,14 @@ def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
     identity = {"name": "t", "credentials": [{"accessKey": key, "secretKey": secret}]}
     identity["actions"] = ["Admin", "Read", "List", "Tagging", "Write"]
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    s3, master, volume, filer = _ports(4)
+    s3 = free_port()
     command = [
         str(Path(sys.executable).parent / "weed"), "server", "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1", f"-dir={folder}", "-s3", f"-s3.port={s3}",
-        f"-s3.config={folder / 's3.json'}", f"-master.port={master}", f"-volume.port={volume}",
-        f"-filer.port={filer}", "-volume.max=20", "-master.volumeSizeLimitMB=64",
+        f"-s3.config={folder / 's3.json'}", "-volume.max=20", "-master.volumeSizeLimitMB=64",
         "-s3.port.lance=0", "-s3.port.iceberg=0",  # their ports are fixed ones
+        *(f"-{part}.port={free_port()}" for part in ("master", "volume", "filer")),
+        *(f"-{part}.port.grpc={free_port()}" for part in ("s3", "master", "volume", "filer")),
     ]  # fmt: skip
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from pipelines.ports import free_port
 
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 TINY = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2,
@@ -33,10 +34,7 @@ def measure(model: dict, *, world: int = 1, **options: object) -> list[dict]:
         options: micro_batch, pieces, num_emas, precision, checkpointing, compile; folder, to store
             a checkpoint there.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     line = [sys.executable, __file__, json.dumps({"model": model, **options})]
     ranks = [
         subprocess.Popen(

@@ -17,6 +17,7 @@ from jitmodel.config import ModelConfig, OptimizerConfig
 from jitmodel.model import JiT
 from jitmodel.parallel import device_mesh, parallelize
 from jitmodel.state import Batch, TrainState
+from pipelines import ports
 from tests.distances import assert_trained_alike, moved_apart
 
 MODEL = ModelConfig(  # SwiGLU's true width, 106, is padded inside
@@ -136,17 +137,12 @@ def flat(tree: dict, prefix: str = "") -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory) -> dict[str, dict]:
     """Runs on four processes, in one start of them."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     runs = {
         "sharded": {"ema_on_cpu": True},
         "replicas": {"shard_size": 2, "pieces": 2, "reshard_after_forward": False},
         "replicas in bf16": {"shard_size": 2, "pieces": 2, "precision": "bf16"},
     }
-    return run_on_ranks(4, port, tmp_path_factory.mktemp("ranks"), runs)
+    return run_on_ranks(4, ports.free_port(), tmp_path_factory.mktemp("ranks"), runs)
 
 
 @pytest.mark.parametrize("name", ["sharded", "replicas"])

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from jitmodel.model import JiT
 from pipelines import deploy
 from pipelines.cli import main
 from pipelines.config import DeployConfig
+from pipelines.ports import free_port
 
 MODEL = ModelConfig(
     image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
@@ -334,12 +334,7 @@ def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
     artifact: Path, short_tmp: Path, capsys: pytest.CaptureFixture[str]
 ):
     """A head node of its own, in a process of its own, as `ray start` makes it."""
-    ports = []
-    for _ in range(3):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            ports.append(str(s.getsockname()[1]))
-    gcs, dashboard, port = ports
+    gcs, dashboard, port = (str(free_port()) for _ in range(3))
     head = subprocess.Popen(
         [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--num-cpus=2",
          "--node-ip-address=127.0.1.7", f"--port={gcs}", f"--dashboard-port={dashboard}",

@@ -34,6 +34,7 @@ from pipelines.api import Live, Service, create_app
 from pipelines.config import ServeConfig
 from pipelines.engine import Engine
 from pipelines.front import Front
+from pipelines.ports import free_port
 from tests.processes import descendants
 from tests.servers import listening
 
@@ -173,9 +174,7 @@ def test_slow_and_half_open_clients_hold_no_slot(artifact: Path):
 @contextlib.contextmanager
 def jit_serve(artifact: Path, log: Path, *argv: str) -> Iterator[tuple[str, int]]:
     """`jit serve` as a person starts it; its URL and process id."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     line = [sys.executable, "-m", "pipelines.cli", "serve", str(artifact), "--port", str(port)]
     environment = {
