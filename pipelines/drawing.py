@@ -45,8 +45,12 @@ VECTORS = ("features", "logits", "spatial")
 BF16_FLAGS = ("avx512_bf16", "avx_ne_convert", "amx_bf16", "bf16", "sve_bf16")
 """Instructions of a processor by which oneDNN chooses how to multiply bf16."""
 
-ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""Variables that forbid it some of them."""
+CPU_VARIABLES = (
+    *(f"{library}_{name}" for library in ("ONEDNN", "DNNL")
+      for name in ("MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")),
+    "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+)  # fmt: skip
+"""Variables by which one and the same processor multiplies in another way."""
 
 MIN_IMAGES = 10
 """Inception score has ten splits, and none may be empty."""
@@ -196,12 +200,22 @@ def device_name(device: torch.device) -> str:
     """What kind of device draws here; other kinds may round differently."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    # torch's own kernels follow its capability; those of oneDNN, which multiplies, the processor.
+    # torch's own kernels follow its capability; those of oneDNN, which multiplies bf16, the
+    # processor; those of MKL, which multiplies fp32, the vendor as well.
     flags = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
     bf16 = sorted(name for name in flags if name in BF16_FLAGS)
-    limits = [f"{name}={os.environ[name]}" for name in ONEDNN_LIMITS if os.environ.get(name)]
+    changes = [f"{name}={os.environ[name]}" for name in CPU_VARIABLES if os.environ.get(name)]
     capability = torch.backends.cpu.get_cpu_capability()
-    return " ".join([platform.machine(), capability, *bf16, *limits])
+    return " ".join([platform.machine(), *cpu_vendor(), capability, *bf16, *changes])
+
+
+def cpu_vendor() -> list[str]:
+    """`GenuineIntel` or `AuthenticAMD`; empty where Linux names none, as on ARM."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [line.split()[-1] for line in lines if line.startswith("vendor_id")][:1]
 
 
 def draw(

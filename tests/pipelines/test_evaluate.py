@@ -164,17 +164,20 @@ def test_a_plan_that_cannot_be_carried_out_is_refused():
         a_plan(model=MODEL.model_copy(update={"in_channels": 1})).check()
 
 
-def test_a_kind_of_cpu_is_told_by_what_multiplies_bf16_too(monkeypatch: pytest.MonkeyPatch):
+def test_a_kind_of_cpu_is_told_by_what_decides_how_it_multiplies(monkeypatch: pytest.MonkeyPatch):
     cpu = torch.device("cpu")
     here = device_name(cpu)
     can = torch.cpu.get_capabilities()
 
     for flag in ("avx512_bf16", "amx_bf16"):
         assert (flag in here.split()) == can.get(flag, False)
-    for limit in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):  # of the same processor
+    if can["architecture"] == "x86_64":  # MKL multiplies fp32 by vendor
+        assert here.split()[1] in ("GenuineIntel", "AuthenticAMD")
+    of_one_processor = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS")
+    for variable in (*of_one_processor, "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR"):
         with monkeypatch.context() as patch:
-            patch.setenv(limit, "AVX2")
-            assert device_name(cpu) == f"{here} {limit}=AVX2"
+            patch.setenv(variable, "AVX2")
+            assert device_name(cpu) == f"{here} {variable}=AVX2"
 
 
 def test_an_image_that_is_not_finite_is_named():
