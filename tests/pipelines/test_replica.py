@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
 from pipelines import replica
 from pipelines.config import ServeConfig
+from pipelines.engine import Engine
 from pipelines.replica import Server
 
 MODEL = ModelConfig(
     image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=16,
     in_context_len=2, in_context_start=1, num_classes=3,
 )  # fmt: skip
-CONFIG = ServeConfig(slots=2, max_steps=10_000, precision="fp32")
+CONFIG = ServeConfig(slots=2, max_steps=10_000, timeout_s=100_000, precision="fp32")
+"""No image is refused for want of time, however slow the machine."""
 
 
 def make_artifact(folder: Path, seed: int, scale: float = 1.0) -> ArtifactInfo:
@@ -60,7 +63,23 @@ async def client_of(server: Server, wish: dict[str, Any]) -> AsyncIterator[httpx
         yield client
 
 
-def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_path: Path):
+@pytest.fixture
+def pause(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds before every tick, so that what is long outlives the loading of an artifact, for
+    which the processor is free meanwhile."""
+    seconds, tick = [0.01], Engine.tick
+
+    def slow(engine: Engine) -> bool:
+        time.sleep(seconds[0])
+        return tick(engine)
+
+    monkeypatch.setattr(Engine, "tick", slow)
+    return seconds
+
+
+def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(
+    tmp_path: Path, pause: list[float]
+):
     first, second = make_artifact(tmp_path / "a", 1), make_artifact(tmp_path / "b", 2)
 
     async def story() -> None:
@@ -73,7 +92,7 @@ def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_p
                 assert answer.status_code == 200, answer.text
                 return answer.json()["artifact_sha256"]
 
-            long = asyncio.create_task(draw(num_inference_steps=1000))
+            long = asyncio.create_task(draw(num_inference_steps=400))
             while not server.live.service.engine.running:
                 await asyncio.sleep(0.01)
             old = server.live.service.engine
@@ -81,6 +100,7 @@ def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_p
             while server.live.service.engine is old:
                 assert await draw() == first.sha256
             assert not long.done()
+            pause[0] = 0.0
             assert await draw() == second.sha256
             assert await long == first.sha256
             await settled(server)
@@ -97,7 +117,7 @@ def test_a_successor_takes_over_and_what_is_being_drawn_stays_with_the_old(tmp_p
 
 
 def test_the_images_of_every_engine_count_while_old_ones_drain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause: list[float]
 ):
     monkeypatch.setattr(replica, "GAUGE_PERIOD_S", 0.02)
     for seed, name in enumerate("ab"):
@@ -116,20 +136,21 @@ def test_the_images_of_every_engine_count_while_old_ones_drain(
                 answer = await client.post("/v1/images/generations", json=body, timeout=60)
                 assert answer.status_code == 200, answer.text
 
+            async def drawing_until(test: Callable[[], bool]) -> None:
+                while not test():
+                    ended = [task for task in long if task.done()]
+                    assert not ended, f"it was to outlive the test: {ended[0].exception()}"
+                    await asyncio.sleep(0.01)
+
             long = [asyncio.create_task(draw(10_000)), asyncio.create_task(draw(10_000))]
-            while live.service.engine.running < 2:
-                await asyncio.sleep(0.01)
+            await drawing_until(lambda: live.service.engine.running == 2)
             await server.reconfigure({"model": str(tmp_path / "b")})
-            while len(meter.engines) < 2:
-                await asyncio.sleep(0.01)
+            await drawing_until(lambda: len(meter.engines) == 2)
             long.append(asyncio.create_task(draw(10_000)))  # beside the two of the old engine
-            while not seen["3 used"]:
-                await asyncio.sleep(0.01)
-                assert not long[0].done()
+            await drawing_until(lambda: seen["3 used"] > 0)
             assert await server.record_autoscaling_stats() == {"images": 3}
             await server.reconfigure({"model": str(tmp_path / "a")})
-            while len(meter.engines) < 3:
-                await asyncio.sleep(0.01)
+            await drawing_until(lambda: len(meter.engines) == 3)
             for _ in range(5):
                 await draw(2)
             for task in long:
@@ -147,7 +168,7 @@ def test_a_replica_that_refuses_for_want_of_time_asks_for_another(tmp_path: Path
     make_artifact(tmp_path / "a", 1)
 
     async def story() -> None:
-        server = Server(CONFIG)
+        server = Server(CONFIG.model_copy(update={"timeout_s": 30.0}))
         async with client_of(server, {"model": str(tmp_path / "a")}) as client:
             engine = server.live.service.engine
             body = {"prompt": "0", "num_inference_steps": 10_000}
