@@ -232,6 +232,24 @@ def test_a_full_disk_stops_training_with_one_sentence_and_the_last_checkpoint_st
     assert fit(config.model_copy(update={"storage": str(moved)}), LocalContext()).images_seen == 160
 
 
+@pytest.mark.parametrize("every", [480, 160, 80])  # fails at the only one, or at the first of many
+def test_a_run_whose_first_checkpoint_could_not_be_stored_begins_again_by_the_same_line(
+    tiny_dataset, tmp_path, small_disk, every: int
+):
+    config = config_for(tiny_dataset, small_disk, total_images=160, checkpoint_every_images=every)
+    filler = small_disk / "other"
+    filler.write_bytes(bytes(2 * 2**20))
+    with pytest.raises(SaveFailed, match="the same line again goes on"):
+        fit(config, LocalContext())
+    assert checkpoints.newest(str(small_disk / "run")) is None
+
+    filler.unlink()
+
+    if every == 80:  # there is no room for two
+        config = config.model_copy(update={"checkpoint_every_images": 160})
+    assert fit(config, LocalContext()).images_seen == 160
+
+
 class Filling(LocalContext):
     """Fills a disk in the third step."""
 
