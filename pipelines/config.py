@@ -87,7 +87,7 @@ class PrepareConfig(StageConfig):
     rows_per_group: PositiveInt = 64
     """Images in a Parquet row group, the unit that training reads; fewer where they would exceed
     64 MiB."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the permutation that deals images to shards."""
     max_reject_fraction: float = Field(0.001, ge=0, le=1)
     """Stop before the manifest when more than this fraction of the images cannot be used."""
@@ -152,7 +152,7 @@ class ValidationConfig(Config):
     """URI of the extractor's weights, where no package ships them."""
     batch: PositiveInt = 50
     """Images drawn together."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the start noise, the same for every checkpoint."""
     keep_best: int = Field(1, ge=0)
     """Best checkpoints that stay. One that was not judged yet stays no longer than others: if
@@ -194,7 +194,7 @@ class TrainConfig(StageConfig):
     """Most images that a worker sends through the network at once; the rest is accumulated."""
     flip: bool = True
     """Flip half of the images horizontally, addressed by image."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of order, time, noise, label drop, flip and initial weights."""
     checkpoint_every_images: PositiveInt = 1_281_167
     """Images between checkpoints."""

@@ -6,7 +6,7 @@ workers. Row groups are read by a few threads, when a lane of this worker comes 
 encoded in memory until the lane has left their window; images are decoded by other threads,
 `prefetch` batches ahead of the caller. Retries belong to storage.
 
-A fault of the data is an error that names shard, row group and row.
+A fault of the data is a DamagedData that names shard, row group and row.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class RowGroup:
     id: np.ndarray
 
 
+class DamagedData(ValueError):
+    """The dataset is not what its manifest says; whoever reads it again meets the same."""
+
+
 Place = tuple[Future[RowGroup], int]
 """An image: its row group, and its row there."""
 
@@ -79,6 +83,7 @@ class Reader:
         self.groups: list[tuple[ShardInfo, int]] = [
             (shard, g) for shard in manifest.shards for g in range(len(shard.row_groups))
         ]
+        self._advice = f"run `jit prepare --verify {uri}` to see what is damaged"
         self._footers: dict[str, pq.FileMetaData] = {}
         self._lock = threading.Lock()
 
@@ -87,21 +92,25 @@ class Reader:
 
         Raises:
             FileNotFoundError: its shard is gone.
-            ValueError: the shard is not what the manifest says, or a label has no class.
+            DamagedData: the shard is not what the manifest says, or a label has no class.
         """
         shard, number = self.groups[group]
         uri = storage.join(self.uri, shard.file)
         where = f"row group {number} of {uri}"
-        with storage.open_input(uri) as file:
-            footer = self._footers.get(uri)
-            if footer is None:
-                footer = self._footer(uri, shard, file)
-            parquet = pq.ParquetFile(file, metadata=footer)
-            table = parquet.read_row_group(number, columns=["image.bytes", "label", "id"])
+        try:
+            with storage.open_input(uri) as file:
+                footer = self._footers.get(uri)
+                if footer is None:
+                    footer = self._footer(uri, shard, file)
+                parquet = pq.ParquetFile(file, metadata=footer)
+                table = parquet.read_row_group(number, columns=["image.bytes", "label", "id"])
+        except pa.ArrowInvalid as error:  # an OSError may be the store's, which may come back
+            why = " ".join(str(error).split())
+            raise DamagedData(f"{where} is damaged: {why}; {self._advice}") from error
         label = table["label"].to_numpy()
         wrong = np.flatnonzero((label < 0) | (label >= self.num_classes))
         if len(wrong):
-            raise ValueError(
+            raise DamagedData(
                 f"row {wrong[0]} in {where} has label {label[wrong[0]]}, but the dataset has "
                 f"{self.num_classes} classes: prepare it again with `jit prepare`"
             )
@@ -110,17 +119,16 @@ class Reader:
 
     def _footer(self, uri: str, shard: ShardInfo, file: pa.NativeFile) -> pq.FileMetaData:
         """The shard's footer, compared with the manifest."""
-        advice = f"run `jit prepare --verify {self.uri}` to see what is damaged"
         if file.size() != shard.bytes:
-            raise ValueError(
-                f"{uri} has {file.size()} bytes, the manifest says {shard.bytes}; {advice}"
+            raise DamagedData(
+                f"{uri} has {file.size()} bytes, the manifest says {shard.bytes}; {self._advice}"
             )
         footer = pq.read_metadata(file)
         rows = [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
         if rows != list(shard.row_groups):
-            raise ValueError(
+            raise DamagedData(
                 f"{uri} has row groups of {rows} rows, the manifest says "
-                f"{list(shard.row_groups)}; {advice}"
+                f"{list(shard.row_groups)}; {self._advice}"
             )
         with self._lock:
             self._footers[uri] = footer
@@ -200,7 +208,7 @@ class Loader:
 
         Raises:
             FileNotFoundError: a shard is gone.
-            ValueError: a shard or an image in it is damaged.
+            DamagedData: a shard or an image in it is damaged.
         """
         lanes: dict[int, _Lane] = {}
         shared: dict[int, tuple[Future[RowGroup], int]] = {}  # with the number of lanes holding it
@@ -289,9 +297,9 @@ class Loader:
             try:
                 decoded = images.decode_pixels(memoryview(group.image[row].as_buffer()))
             except Exception as error:  # decoders raise whatever damaged bytes lead them to
-                raise ValueError(f"row {row} in {group.where} is no image: {error}") from error
+                raise DamagedData(f"row {row} in {group.where} is no image: {error}") from error
             if decoded.shape != pixels.shape[1:]:
-                raise ValueError(
+                raise DamagedData(
                     f"row {row} in {group.where} has shape {decoded.shape}, "
                     f"the manifest says {pixels.shape[1:]}"
                 )

@@ -34,6 +34,7 @@ import torch
 import yaml
 from ray._private.worker import get_dashboard_url
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
@@ -42,6 +43,7 @@ from pipelines import checkpoints, lease, runtime, storage, trackers, validation
 from pipelines.checkpoints import CONFIG, FOLDER, LATEST, META, Checkpoint, SaveFailed
 from pipelines.config import StageFailed, TrainConfig, ValidationConfig, require
 from pipelines.fit import check_fits, early_stop, fit, resume_point, run_uri
+from pipelines.loader import DamagedData
 from pipelines.meter import NonFiniteLoss
 from pipelines.shards import Manifest, check_there, read_manifest
 
@@ -151,11 +153,19 @@ class FailuresInARow(DefaultFailurePolicy):
         self.run, self.seen = run, checkpoints.latest_images(run)
 
     def make_decision(self, training_failed_error: Any) -> Any:
-        """Whether to start the workers again."""
+        """Whether to start the workers again; damaged data they would only meet again."""
+        if damage(training_failed_error):
+            return FailureDecision.RAISE
         seen = checkpoints.latest_images(self.run)
         if seen > self.seen:
             self.seen, self._worker_group_failures = seen, 0
         return super().make_decision(training_failed_error)
+
+
+def damage(error: Any) -> DamagedData | None:
+    """What is damaged, if that is why workers failed; others fail because one of them did."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return next((failure for failure in failures if isinstance(failure, DamagedData)), None)
 
 
 class Trainer(ray.train.torch.TorchTrainer):
@@ -167,7 +177,7 @@ class Trainer(ray.train.torch.TorchTrainer):
 
     An elastic run has one of `numbers` of workers at any time, and leaves `spare` places free.
 
-    Failures are counted from the newest checkpoint of `run`.
+    Failures are counted from the newest checkpoint of `run`, and damaged data ends it at once.
     """
 
     numbers: list[int]
@@ -239,8 +249,8 @@ def run(config: TrainConfig) -> None:
         ValueError: options that do not fit the dataset, the run so far, or the cluster; a tracker
             that is not installed; a dataset that lacks shards; a run folder that is not a run's.
         PermissionError: the storage cannot be written, or another command trains this run.
-        StageFailed: training diverged, a checkpoint could not be stored, or workers failed more
-            often than max_failures.
+        StageFailed: training diverged, data are damaged, a checkpoint could not be stored, or
+            workers failed more often than max_failures.
     """
     require(config, "data", "storage", "name")
     if "/" in config.name or config.name.startswith("."):
@@ -311,7 +321,7 @@ def launch(
     """Run `worker` in every process under Ray Train; the answer of rank 0.
 
     Raises:
-        StageFailed: workers failed more often than max_failures.
+        StageFailed: workers failed more often than max_failures, or met damaged data.
     """
     numbers = config.world_sizes
     # A lost node is counted as room until its silence is noticed. An elastic run that wants its
@@ -355,6 +365,8 @@ def launch(
     try:
         answer: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
+        if found := damage(error):
+            raise StageFailed(f"training of {run_uri(config)} stopped: {found}") from error
         raise StageFailed(
             f"training of {run_uri(config)} failed: {error}\nThe same line again goes on from the "
             "newest checkpoint, or begins where there is none."

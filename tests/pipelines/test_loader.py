@@ -12,7 +12,7 @@ import torch
 
 from pipelines import images, loader, storage
 from pipelines.config import LoaderConfig
-from pipelines.loader import Batch, Loader, threads_here
+from pipelines.loader import Batch, DamagedData, Loader, threads_here
 from pipelines.shards import read_manifest
 
 CONFIG = LoaderConfig(lanes=4, window=2)
@@ -190,6 +190,22 @@ def test_a_label_without_a_class_and_a_broken_image_name_shard_and_row(
     at = content.index(b"\x89PNG")
     file.write_bytes(content[:at] + b"JUNK" + content[at + 4 :])
     with pytest.raises(ValueError, match=r"row 0 in row group 0 of .*train-00002.* is no image"):
+        take(open_loader(folder), 27)
+
+
+def test_a_row_group_that_cannot_be_read_is_named_with_what_to_do(
+    tiny_dataset: Path, tmp_path: Path
+):
+    folder = copy_of(tiny_dataset, tmp_path / "copy")
+    file = folder / "data/train-00002-of-00003.parquet"
+    content = bytearray(file.read_bytes())
+    at = content.index(b"\x89PNG") - 4  # Parquet notes the length before the bytes
+    content[at : at + 4] = b"\xff\xff\xff\x7f"
+    file.write_bytes(content)
+
+    with pytest.raises(
+        DamagedData, match=r"row group 0 of .*train-00002.* is damaged: .*prepare --verify"
+    ):
         take(open_loader(folder), 27)
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import uuid
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +15,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from jitmodel.config import FlowConfig, ModelConfig, OptimizerConfig
 from pipelines import checkpoints, fit, lease, storage, train
-from pipelines.config import TrainConfig, load_preset
+from pipelines.config import StageFailed, TrainConfig, load_preset
 
 
 def config_for(data: Path, store: Path, name: str, **changes) -> TrainConfig:
@@ -114,6 +115,26 @@ def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     with caplog.at_level("INFO"):
         train.run(whole)
     assert "is finished: it has seen 160 of 160 images" in caplog.text
+
+
+@pytest.mark.ray
+def test_damaged_data_end_a_run_at_once_with_one_sentence(ray_cluster, tiny_dataset, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_dataset, data)
+    shard = data / "data/train-00002-of-00003.parquet"
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b"\x89PNG", b"JUNK"))
+    starts = tmp_path / "starts"
+    starts.mkdir()
+
+    def counted(options: dict) -> dict:
+        (starts / uuid.uuid4().hex).touch()
+        return train.worker(options)
+
+    with pytest.raises(StageFailed, match=r"stopped: row \d+ in row group \d .*-00002.* no image"):
+        train.launch(config_for(data, tmp_path, "run"), use_gpu=False, worker=counted)
+
+    assert len(list(starts.iterdir())) == 2  # each of two workers, once
 
 
 def test_failures_end_a_run_when_nothing_was_gained_between_them(tmp_path):
