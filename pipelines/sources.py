@@ -44,10 +44,12 @@ from pipelines.images import IMAGE_SUFFIXES, OTHER_SUFFIXES, SUFFIXES, BadImage,
 from pipelines.index import ImageRef
 from pipelines.labels import (
     IMAGENET,
+    NUMBER,
     ONE,
     WNID,
     Choice,
     class_list,
+    counts_lines,
     imagenet_wnids,
     label_file,
     label_of,
@@ -293,11 +295,13 @@ def _labelling(
         logger.info("%s: its labels 0 to 999 are ImageNet's classes, sorted by wnid", uri)
         chosen = class_list(IMAGENET)
     keys = {choice.key: i for i, choice in enumerate(chosen)}
-    found = {text: number(text, keys) for text in texts}
+    by_place = counts_lines(keys)
+    found = {text: number(text, keys, by_place=by_place) for text in texts}
     good = {text: label for text, label in found.items() if label is not None}
     if not good:
+        known = "a number or a known class" if by_place else "in the class list"
         raise ValueError(
-            f"no label for {uri} is a number or a known class, such as {min(texts)!r}: name the "
+            f"no label for {uri} is {known}, such as {min(texts)!r}: name the "
             "classes (--classes), or correct --labels"
         )
     if is_listed and len(good) < len(found):
@@ -634,7 +638,8 @@ class WebDataset:
     """Tars in which an image and its label lie side by side, under one name with two endings.
 
     The label is a number in NAME.cls, or in NAME.json under "label", "cls", "class" or "class_id";
-    with a class list it may also be one of the list's keys. NAME.jpg goes before NAME.depth.jpg; of
+    with a class list it may also be one of the list's keys, and must be if there are numbers among
+    these. NAME.jpg goes before NAME.depth.jpg; of
     several images that are equally near, none is taken.
     """
 
@@ -644,6 +649,7 @@ class WebDataset:
         self.versions = {part.name: part.key for part in parts}
         self.classes = [choice.info for choice in chosen]
         self.keys = {choice.key: i for i, choice in enumerate(chosen)}
+        self.by_place = counts_lines(self.keys)
         self.one = one
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
@@ -714,9 +720,10 @@ class WebDataset:
             text = next((fields[k] for k in JSON_LABELS if fields.get(k) is not None), None)
             if text is None:
                 return -1, f"its .json has none of {', '.join(JSON_LABELS)}"
-        label = number(text, self.keys)
+        label = number(text, self.keys, by_place=self.by_place)
         if label is None:
-            return -1, f"its label is no number and not in the class list: {str(text)[:40]!r}"
+            what = "no number and not" if self.by_place else "not"
+            return -1, f"its label is {what} in the class list: {str(text)[:40]!r}"
         return label, None
 
 
@@ -739,7 +746,8 @@ class ParquetFiles:
     Column names and class names come from the schema's metadata; without it the columns are
     `image` and `label`, and classes are called by their number. A class list chooses and orders
     the classes that the schema names, by their names there, or by their wnids where they are
-    ImageNet's 1000; where it names none, by number.
+    ImageNet's 1000; where it names none, by the numbers that are the list's keys, or else by the
+    places of its keys.
 
     Raises:
         ValueError: a file is no Parquet, or has not these columns, or other class names, or not
@@ -765,6 +773,9 @@ class ParquetFiles:
             theirs = [n if n in keys else known.get(n, n) for n in names]
             theirs = [w if w in keys else n for w, n in zip(wnids or theirs, theirs, strict=True)]
             self.new = {place: i for i, place in enumerate(_in_order(uri, theirs, chosen)[1])}
+        elif not one and not counts_lines(choice.key for choice in chosen):
+            self.new = {int(choice.key): i for i, choice in enumerate(chosen)
+                        if NUMBER.fullmatch(choice.key)}  # fmt: skip
 
     def refs(self, part: Part) -> Iterator[ImageRef]:
         """All rows of a file."""
@@ -774,15 +785,15 @@ class ParquetFiles:
                 f"{part.file} and {self.parts[0].file} in {self.root} differ in columns or class "
                 "names: choose files of one dataset"
             )
-        start = unit = 0
+        start, unit, names = 0, 0, layout.names
         for group, length, labels, damage in self._row_groups(part.file):
             listed = False
             for row, label in enumerate(labels.tolist()):
                 path, problem = f"{printable(part.file)}#{start + row}", damage
                 if self.new is not None and not damage:
-                    if not 0 <= label < len(self.layout.names):
-                        problem = f"label {label} is outside 0..{len(self.layout.names) - 1}"
-                    elif label not in self.new:
+                    if names and not 0 <= label < len(names):
+                        problem = f"label {label} is outside 0..{len(names) - 1}"
+                    elif label >= 0 and label not in self.new:
                         continue
                     label = self.new.get(label, -1)
                 file, listed = os.fsencode(part.file), True

@@ -13,6 +13,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import sources, storage, tars
@@ -497,6 +499,47 @@ def test_a_list_of_one_class_chooses_it_and_leaves_the_others(
     refs, got = found(str(tmp_path / "web.tar"), tmp_path, classes=str(listed))
     assert [ref.label for ref in refs if ref.problem is None] == [0]
     assert sum("no number and not in the class list" in str(ref.problem) for ref in refs) == 3
+
+
+@pytest.mark.parametrize("layout", ["web.tar", "flat", "a.parquet"])
+def test_a_class_list_of_numbers_chooses_by_these_and_not_by_their_places(
+    tmp_path: Path, layout: str
+) -> None:
+    images = {f"{i}.png": bytes([i]) for i in range(6)}  # image i has the label i % 3
+    labels = [i % 3 for i in range(6)]
+    options = {"classes": str(tmp_path / "classes")}
+    if layout == "web.tar":
+        cls = [(f"{i}.cls", str(label).encode()) for i, label in enumerate(labels)]
+        (tmp_path / layout).write_bytes(tar(sorted([*images.items(), *cls])))
+    elif layout == "flat":
+        for name, image in images.items():
+            storage.write_bytes(str(tmp_path / layout / name), image)
+        (tmp_path / "labels").write_text("".join(f"{i}.png {k}\n" for i, k in enumerate(labels)))
+        options["labels"] = str(tmp_path / "labels")
+    else:
+        table = pa.table([list(images.values()), labels], names=["image", "label"])
+        pq.write_table(table, tmp_path / layout)
+
+    for listed, names in (
+        ("2\tcat\n1\n", {1: "1", 2: "cat"}),
+        ("zero\none\ntwo\n", {0: "zero", 1: "one", 2: "two"}),
+        ("1\n2\nthird\n", {1: "1", 2: "2"}),
+    ):
+        (tmp_path / "classes").write_text(listed)
+        refs, got = found(str(tmp_path / layout), tmp_path, **options)
+        usable = [got[ref.path] for ref in refs if ref.problem is None]
+        assert usable == [(names[i % 3], bytes([i])) for i in range(6) if i % 3 in names]
+        problems = {ref.problem for ref in refs} - {None}
+        assert problems <= {"its label is not in the class list: '0'"}
+        assert bool(problems) == (layout == "web.tar" and 0 not in names)
+
+
+def test_labels_of_which_a_list_of_numbers_has_none_are_refused(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "flat" / "a.png"), b"1")
+    (tmp_path / "labels").write_text("a 0\n")
+    (tmp_path / "classes").write_text("1\n2\n")
+    with pytest.raises(ValueError, match=r"no label for .* is in the class list, such as '0'"):
+        open_source(str(tmp_path / "flat"), str(tmp_path / "classes"), str(tmp_path / "labels"))
 
 
 def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
