@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -74,6 +75,8 @@ class of ImageNet, of which a thousand are listed side by side."""
 PEEK = 64
 """Members of a tar that are looked at to tell its layout."""
 SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
+NUMBERING = re.compile(r"(\d+([-_.]?of[-_.]?\d+(-[0-9a-f]+)?)?)?\.(tar|parquet)$")
+"""What the files of one set do not share of their names, such as 00000-of-00004.tar."""
 SPLITS = {"train", "val", "valid", "validation", "test"}
 COMPRESSED_TAR = re.compile(r".+\.(tgz|tar\.[a-z0-9]+)")
 WNID_FOLDER = re.compile(rf"(?:(.*?)/)?({WNID.pattern})/")
@@ -179,26 +182,19 @@ def open_source(uri: str, classes: str = "", labels: str = "") -> Source:
         tables = [f for f in packed if f.relative.endswith(".parquet")]
     if tables:
         _refuse_labels(uri, named)
-        names = [f.relative for f in tables]
-        splits = {_split(name): name for name in sorted(names, reverse=True)}
+        splits = _grouped([f.relative for f in tables], _split)
         if len(splits) > 1:
             named_splits = ", ".join(sorted(split or "(unnamed)" for split in splits))
-            first = min(filter(None, splits))
-            example = storage.join(uri, splits[first])
-            if SPLIT.fullmatch(posixpath.basename(example)):
-                example = f"{example.rpartition('/')[0]}/{first}-*.parquet"
-            raise ValueError(
-                f"{uri} has the splits {named_splits}: choose one, such as --source '{example}'"
-            )
+            raise ValueError(f"{uri} has the splits {named_splits}: {_choose(uri, splits)}")
         return ParquetFiles(uri, tables, chosen, one)
     archives = [f.relative for f in packed]
     if archives:
-        kinds = {re.sub(r"[-_.]?\d*\.tar$", "", name) for name in archives}
+        kinds = _grouped(archives, _kind)
         if len(kinds) > 1 and not _are_classes(archives):
+            one_of, other = (min(kinds[kind]) for kind in sorted(kinds)[:2])
             raise ValueError(
-                f"{uri} has tars of several kinds, such as {min(archives)} and {max(archives)}: "
-                "choose some, by a name or by a pattern such as "
-                f"--source '{storage.join(uri, min(kinds))}*.tar'"
+                f"{uri} has tars of several kinds, such as {one_of} and {other}: "
+                f"{_choose(uri, kinds)}; or all, by --source '{storage.join(uri, '*.tar')}'"
             )
         return _open_tars(uri, archives, chosen, named, one)
     if one or (top.num_loose and (named or VALIDATION.fullmatch(top.first_loose))):
@@ -265,6 +261,46 @@ def _refuse_labels(uri: str, named: Mapping[str, str] | None) -> None:
             f"--labels is for images that lie together without classes, and those of {uri} have "
             "classes: leave it out"
         )
+
+
+def _grouped(names: Iterable[str], group: Callable[[str], str]) -> dict[str, list[str]]:
+    """Names by what a function makes of them."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        found.setdefault(group(name), []).append(name)
+    return found
+
+
+def _choose(uri: str, kinds: Mapping[str, Sequence[str]]) -> str:
+    """How to choose one of several kinds of files: the largest that has a name, if it can be."""
+    every = [name for names in kinds.values() for name in names]
+    for kind in sorted(kinds, key=lambda kind: (not kind, -len(kinds[kind]), kind)):
+        pattern = _pattern(kind, kinds[kind], every)
+        if pattern:
+            return (
+                f"choose one, such as --source '{storage.join(uri, pattern)}', which matches "
+                f"{len(kinds[kind])} of the {len(every)} files"
+            )
+    return "no pattern tells them apart, so move the files of one into a folder of its own"
+
+
+def _pattern(kind: str, names: Sequence[str], every: Sequence[str]) -> str | None:
+    """A pattern that matches all files of a kind and none of the others, if there is one."""
+    if len(names) == 1:
+        return names[0]
+    ending = posixpath.splitext(names[0])[1]
+    begin = glob.escape(posixpath.commonprefix([NUMBERING.sub("", name) for name in names]))
+    folder = begin.rpartition("/")[0]
+    anywhere = posixpath.join(folder, f"*{glob.escape(kind)}*{ending}")
+    for pattern in (f"{begin}*{ending}", f"{begin}[0-9]*{ending}", anywhere):
+        if [name for name in every if fnmatch.fnmatchcase(name, pattern)] == list(names):
+            return pattern
+    return None
+
+
+def _kind(name: str) -> str:
+    """What the tars of one numbered set share of their names."""
+    return NUMBERING.sub("", name).rstrip("-_.")
 
 
 def _split(name: str) -> str:

@@ -859,9 +859,45 @@ def test_tars_of_several_kinds_in_a_folder_must_be_chosen(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="both Parquet files and tars"):
         open_source(str(tmp_path / "*"))
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises(ValueError, match=r"tars of several kinds.*--source '.*/train\*\.tar'"):
+    with pytest.raises(ValueError, match=r"tars of several kinds.*--source '.*/train-\*\.tar'"):
         open_source(str(tmp_path))
     assert len(open_source(str(tmp_path / "train*.tar")).parts) == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"train-{i:05d}-of-00004" for i in range(4)], ["0-of-2", "1-of-2"], ["0", "1"],
+        ["x_0of2-a1b2", "x_1of2-c3d4"], ["train", "train-1"],
+    ],
+)  # fmt: skip
+def test_tars_that_are_numbered_are_of_one_kind(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / f"{name}.tar").write_bytes(tar([("a.jpg", b"1"), ("a.cls", b"1")]))
+    assert len(open_source(str(tmp_path)).parts) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "count"),
+    [
+        (["train-0-of-2", "train-1-of-2", "val-0-of-1"], "train-*.tar", 2),
+        (["train0", "train1", "train_more0", "train_more1"], "train[0-9]*.tar", 2),
+        (["a[1]-0", "a[1]-1", "b"], "a[[]1]-*.tar", 2),
+        (["shard_0_a1b2", "shard_1_a1b2"], "shard_0_a1b2.tar", 1),
+        (["0", "1", "2", "val-0"], "val-0.tar", 1),
+    ],
+)
+def test_the_pattern_that_is_offered_for_tars_takes_all_of_a_kind_and_says_how_many(
+    tmp_path: Path, names: list[str], pattern: str, count: int
+) -> None:
+    for name in names:
+        (tmp_path / f"{name}.tar").write_bytes(tar([("a.jpg", b"1"), ("a.cls", b"1")]))
+    with pytest.raises(ValueError, match=f"matches {count} of the {len(names)} files") as raised:
+        open_source(str(tmp_path))
+    _, offered, _, every, _ = str(raised.value).split("'")
+    assert offered == str(tmp_path / pattern)
+    assert len(open_source(offered).parts) == count
+    assert len(open_source(every).parts) == len(names)
 
 
 def test_the_list_of_a_part_does_not_depend_on_the_others(

@@ -143,7 +143,7 @@ def test_parquet_without_metadata_counts_its_classes(tmp_path: Path) -> None:
 def test_parquet_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     _parquet(tmp_path / "s" / "data" / "train-00000-of-00001.parquet", [0], group=1)
     _parquet(tmp_path / "s" / "data" / "test-00000-of-00001.parquet", [0, 1], group=1)
-    with pytest.raises(ValueError, match=r"splits test, train: choose one.*data/test-\*\.parquet"):
+    with pytest.raises(ValueError, match=r"splits test, train: choose one.*data/test-0.*\.parquet"):
         open_source(str(tmp_path / "s"))
     chosen = open_source(str(tmp_path / "s" / "data" / "test-*.parquet"))
     assert len(_listed(chosen, tmp_path)) == 2
@@ -174,6 +174,36 @@ def test_parquet_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     os.link(EMBEDDED / "fashion-mnist-test.parquet", tmp_path / "m" / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet and a\.parquet in .* differ"):
         _listed(open_source(str(tmp_path / "m")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "count"),
+    [
+        (["train_0", "train_1", "test_0"], "train_*.parquet", 2),
+        (["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"],
+         "train-*.parquet", 2),
+        (["data/train-0", "data/train-1", "data/train-2", "data/val"], "data/train-*.parquet", 3),
+        (["cats_train", "dogs_train", "cats_test"], "*train*.parquet", 2),
+        (["x", "y", "z-test"], "z-test.parquet", 1),
+    ],
+)  # fmt: skip
+def test_the_pattern_that_is_offered_for_a_split_takes_all_of_it_and_says_how_many(
+    tmp_path: Path, names: list[str], pattern: str, count: int
+) -> None:
+    for name in names:
+        _parquet(tmp_path / f"{name}.parquet", [0], group=1)
+    with pytest.raises(ValueError, match=f"matches {count} of the {len(names)} files$") as raised:
+        open_source(str(tmp_path))
+    offered = str(raised.value).split("'")[1]
+    assert offered == str(tmp_path / pattern)
+    assert len(open_source(offered).parts) == count
+
+
+def test_splits_that_no_pattern_tells_apart_are_to_be_moved(tmp_path: Path) -> None:
+    for name in ("1train", "2Train", "1val", "2Val"):
+        _parquet(tmp_path / f"{name}.parquet", [0], group=1)
+    with pytest.raises(ValueError, match="the splits train, val: no pattern tells them apart"):
+        open_source(str(tmp_path))
 
 
 def _hub(path: Path, **columns: list[str] | None) -> Path:
