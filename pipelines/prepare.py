@@ -495,8 +495,9 @@ class Progress:
         lines += [f"  such as {reject.path}: {reject.reason}" for reject in self.rejects[:5]]
         raise ValueError(
             f"{len(self.rejects)} of {self.job.num_images} images cannot be used, more than "
-            f"--max-reject-fraction {self.max_reject_fraction} allows. Mend the source, or run the "
-            "same command with a higher fraction to go on:\n" + "\n".join(lines)
+            f"--max-reject-fraction {self.max_reject_fraction} allows: mend the source and choose "
+            "another --output (or empty this one), or run the same command with a higher fraction "
+            "to go on:\n" + "\n".join(lines)
         )
 
     def log(self) -> None:

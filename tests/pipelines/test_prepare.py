@@ -596,6 +596,23 @@ def test_too_many_rejects_stop_before_the_manifest_and_can_be_allowed(
     assert _digests(output) == _digests(prepared)
 
 
+def test_who_mends_a_source_after_too_many_rejects_is_told_to_begin_anew(tmp_path: Path) -> None:
+    source, output = _tree(tmp_path / "tree", 4, broken=True), tmp_path / "dataset"
+    asked = _interrupted(source, output, 1)
+    ((_, entry),) = job.entries({32: str(output)}, asked)
+    message = r"mend the source and choose another --output \(or empty this one\), or run the same"
+    with pytest.raises(ValueError, match=message):
+        prepare.Progress(asked, 0.1).add(entry)
+
+    for name in BROKEN:
+        (source / name).write_bytes(_photo(1))
+    with pytest.raises(ValueError, match="the list of images differs"):
+        prepare.run(_config(source, output, dry_run=True))
+    shutil.rmtree(output)
+    output.mkdir()
+    prepare.run(_config(source, output, dry_run=True))
+
+
 @pytest.mark.parametrize(("rejects", "of", "fraction"), [(29, 100, 0.29), (57, 100, 0.57)])
 def test_as_many_rejects_as_are_allowed_stop_nothing(
     tree: Path, tmp_path: Path, rejects: int, of: int, fraction: float
