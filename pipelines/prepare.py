@@ -215,11 +215,7 @@ def verify(uri: str) -> None:
     Raises:
         StageFailed: it is damaged; names each problem.
     """
-    folders = [uri]
-    if not storage.exists(storage.join(uri, shards.MANIFEST)) and storage.exists(uri):
-        names = storage.list_folder(uri)[0]
-        folders = [storage.join(uri, name) for name in names if name.isdigit()] or folders
-    for folder in folders:
+    for folder in shards.dataset_folders(uri) or [uri]:
         problems = shards.verify(folder)
         if problems:
             lines = "\n".join(f"  {line}" for line in problems)

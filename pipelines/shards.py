@@ -194,6 +194,14 @@ def fingerprint(classes: Sequence[ClassInfo], shards: Iterable[ShardInfo]) -> st
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def dataset_folders(uri: str) -> list[str]:
+    """The dataset folder at a URI, or those of several image sizes below it; none are none."""
+    if storage.exists(storage.join(uri, MANIFEST)):
+        return [uri]
+    names = storage.list_folder(uri)[0] if storage.exists(uri) else []
+    return [storage.join(uri, name) for name in sorted(filter(str.isdecimal, names), key=int)]
+
+
 def read_manifest(uri: str) -> Manifest:
     """The manifest of a dataset folder.
 

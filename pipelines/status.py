@@ -24,7 +24,7 @@ import yaml
 from pipelines import storage
 from pipelines.config import StatusConfig, require
 from pipelines.report import headline
-from pipelines.shards import read_manifest
+from pipelines.shards import MANIFEST, dataset_folders, read_manifest
 
 
 def run(config: StatusConfig) -> None:
@@ -52,6 +52,13 @@ def describe(uri: str) -> list[str]:
                     f"{storage.join(uri, name)}, or a file beside it, is damaged or of another "
                     f"version: {type(error).__name__} {what}"
                 ) from error
+    sizes = {f: storage.exists(storage.join(f, MANIFEST)) for f in dataset_folders(uri)}
+    if any(sizes.values()):
+        lines = []
+        for folder, is_finished in sizes.items():
+            told = describe(folder) if is_finished else ["not finished: it has no manifest"]
+            lines += [f"{folder}:", *told]
+        return lines
     folders, files = storage.list_folder(uri)
     there = [f"{folder}/" for folder in folders] + [file.relative for file in files]
     raise FileNotFoundError(

@@ -51,6 +51,23 @@ def test_a_dataset_folder_says_what_it_holds(tiny_dataset: Path, capsys):
     assert "of 28 px in 10 classes, 0 rejects" in capsys.readouterr().out
 
 
+def test_a_finished_preparation_of_several_sizes_says_what_each_folder_holds(
+    tiny_dataset: Path, tmp_path: Path
+):
+    for size in ("512", "1024", "not one"):
+        shutil.copytree(tiny_dataset, tmp_path / size)
+    each = describe(str(tiny_dataset))
+    lines = [f"{tmp_path}/512:", *each, f"{tmp_path}/1024:", *each]
+    assert describe(str(tmp_path)) == lines
+
+    (tmp_path / "512" / "manifest.json").unlink()
+    lines[1:3] = ["not finished: it has no manifest"]
+    assert describe(str(tmp_path)) == lines
+
+    (tmp_path / "_work").mkdir()
+    assert describe(str(tmp_path)) == ["preparation, not finished: the source is being listed"]
+
+
 def test_an_artifact_and_a_half_done_evaluation_say_what_they_are(half: str, tmp_path: Path):
     artifact, output = str(tmp_path / "artifact"), str(tmp_path / "evaluation")
     export.run(ExportConfig(source=half, output=artifact, ema=0.5))
