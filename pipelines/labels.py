@@ -82,13 +82,19 @@ def label_file(uri: str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no labels, or two for a name.
+        ValueError: it holds no labels, or two for a name, or a line that is no CSV.
     """
     content = _read(uri, "label file (--labels)")
     text = content.decode("utf-8-sig", "replace")
     found: dict[str, str] = {}
     for line in text.splitlines():
-        fields = _fields(line.strip())
+        try:
+            fields = _fields(line.strip())
+        except csv.Error as error:
+            raise ValueError(
+                f"label file {uri} has a line that cannot be read, {line[:40]!r}...: {error}. "
+                "Expected lines of the form: name label"
+            ) from error
         name, label = posixpath.basename(fields[0].strip()), "".join(fields[1:2]).strip()
         first = label.partition(" ")[0]
         if WNID.fullmatch(first) or NUMBER.fullmatch(first):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import sources, storage, tars
+from pipelines import cli, sources, storage, tars
 from pipelines.index import ImageRef, Index, numbered_classes
 from pipelines.labels import class_list, label_file
 from pipelines.sources import open_source, read_images, write_index
@@ -571,6 +571,18 @@ def test_label_files_come_in_several_shapes(tmp_path: Path) -> None:
     (tmp_path / "labels").write_text("a.png 5000000\n")
     with pytest.raises(ValueError, match=r"lowest label is 5000000: .*name the classes"):
         open_source(str(tmp_path / "flat"), labels=str(tmp_path / "labels"))
+
+
+def test_a_label_file_with_a_field_that_is_too_long_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage.write_bytes(str(tmp_path / "flat" / "a.png"), b"1")
+    (tmp_path / "labels").write_text(f'a.png,"{"x" * 200_000}"\nb.png,1\n')
+    options = ["--output", str(tmp_path / "dataset"), "--labels", str(tmp_path / "labels")]
+    assert cli.main(["prepare", "--source", str(tmp_path / "flat"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"label file {tmp_path}/labels has a line that cannot be read, 'a.png,\"xx" in line
+    assert "field larger than field limit" in line
 
 
 VALIDATION = {f"ILSVRC2012_val_{i:08d}.JPEG": wnid for i, wnid in (
