@@ -60,9 +60,14 @@ class Units(NamedTuple):
     """Position after its last image."""
 
 
-@functools.lru_cache(maxsize=2)
 def shuffled_units(index: Path, seed: int) -> Units:
     """The units of an index in a random order."""
+    found = index.stat()  # a process may see the indices of several jobs at one path
+    return _shuffled_units(index, seed, (found.st_size, found.st_mtime_ns, found.st_ino))
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled_units(index: Path, seed: int, version: tuple[int, ...]) -> Units:
     listed = Index(index)
     starts = listed.unit_starts()
     order = permutation(len(starts), seed)

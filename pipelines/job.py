@@ -479,6 +479,12 @@ def _publish(
             "or removed by somebody else while this command wrote them: nothing else may write "
             "there. The same command again writes them anew"
         )
+    if counts.sum() + len(rejects) != job.num_images:
+        raise StageFailed(
+            f"the shards of {folder} hold {counts.sum()} images, with {len(rejects)} rejects "
+            f"beside them, but the source has {job.num_images}: an entry in {WORK}/shards is not "
+            "of this job. Empty the output, and give the same command again"
+        )
     if not counts.any():
         raise ValueError(f"not one image of {config.source} can be used: see {folder}/{WORK}")
     manifest = Manifest(

@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 
 from pipelines import images, job, lease, prepare, shards, sources, storage
-from pipelines.config import PrepareConfig, load_preset, preset_names
+from pipelines.config import PrepareConfig, StageFailed, load_preset, preset_names
 from pipelines.deal import ids_at, permutation, permuted
 from pipelines.index import Index
 from pipelines.job import Job
@@ -581,6 +581,29 @@ def test_a_task_can_name_a_tar_whose_name_is_not_utf_8(ray_cluster: None, tmp_pa
         prepare.run(_config(place, tmp_path / "dataset"))
 
 
+def test_shards_and_rejects_that_do_not_add_up_to_the_source_get_no_manifest(
+    tmp_path: Path,
+) -> None:
+    source, output = _tree(tmp_path / "tree", 4, broken=True), tmp_path / "dataset"
+    asked = _interrupted(source, output, 1)
+    place = output / "_work" / "shards" / "00000.json"
+    entry = json.loads(place.read_text())
+    classes = sources.open_source(str(source)).classes
+
+    def publish() -> None:
+        place.write_text(json.dumps(entry))
+        job.publish({32: str(output)}, classes, asked, _config(source, output))
+
+    lost = entry["sizes"][0]["rejects"].pop()
+    message = "hold 12 images, with 2 rejects beside them, but the source has 15"
+    with pytest.raises(StageFailed, match=message):
+        publish()
+    assert not (output / "manifest.json").exists()
+    entry["sizes"][0]["rejects"].append(lost)
+    publish()
+    assert (output / "manifest.json").exists()
+
+
 @pytest.mark.ray
 def test_too_many_rejects_stop_before_the_manifest_and_can_be_allowed(
     prepared: Path, tree: Path, tmp_path: Path, ray_cluster: None
@@ -716,6 +739,17 @@ def test_images_of_a_row_group_stay_together(tmp_path: Path) -> None:
     groups = order.reshape(40, 500) // 500
     assert (groups == groups[:, :1]).all()
     assert groups[:, 0].tolist() != list(range(40))
+
+
+def test_another_index_at_the_same_path_is_dealt_anew(tmp_path: Path) -> None:
+    for rows, group in ((100, 10), (130, 13), (90, 15)):
+        table = pa.table([[b"x"] * rows, [0] * rows], names=["image", "label"])
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=group)
+        source = sources.open_source(str(tmp_path / "a.parquet"))
+        sources.write_index(source, tmp_path / "new")
+        storage.copy_in(tmp_path / "new", str(tmp_path / "index"))
+        order = ids_at(np.arange(rows), tmp_path / "index", 0)
+        assert sorted(order.tolist()) == list(range(rows))
 
 
 def test_the_presets_exist_and_fit() -> None:
