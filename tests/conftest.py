@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pipelines import ports
@@ -27,6 +28,10 @@ os.environ |= {
     "JIT_CACHE": tempfile.mkdtemp(prefix="jit-cache-"),
 }
 atexit.register(shutil.rmtree, os.environ["JIT_CACHE"], ignore_errors=True)
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("jit", deadline=None)
+hypothesis.settings.load_profile("jit")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

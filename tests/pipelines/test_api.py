@@ -711,7 +711,6 @@ def test_the_api_keeps_what_its_document_promises(artifact: Path, keys: tuple[st
                 @given(case=cases)
                 @settings(
                     max_examples=25,
-                    deadline=None,
                     phases=[Phase.explicit, Phase.generate],
                     suppress_health_check=list(HealthCheck),
                     derandomize=True,

@@ -46,7 +46,7 @@ def fidelity_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 9), min_size=2, max_size=6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_moments_add_up_in_any_order(seed: int, sizes: list[int]):
     rng = np.random.default_rng(seed)
     parts = [rng.normal(size=(n, 3)).astype(np.float32) for n in sizes]
@@ -145,7 +145,7 @@ def test_few_images_bias_the_frechet_distance_upwards():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.floats(0.1, 10), st.integers(2, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_frechet_distance_is_symmetric_shifts_add_and_scales_square(
     seed: int, width: int, scale: float, num: int
 ):
@@ -163,7 +163,7 @@ def test_a_frechet_distance_is_symmetric_shifts_add_and_scales_square(
 
 
 @given(st.lists(st.floats(0.01, 50), min_size=1, max_size=5), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_frechet_distance_of_independent_features_is_a_sum_over_them(
     variances: list[float], data: st.DataObject
 ):
@@ -177,7 +177,7 @@ def test_the_frechet_distance_of_independent_features_is_a_sum_over_them(
 
 
 @given(st.lists(st.lists(st.floats(-3, 3), min_size=2, max_size=2), min_size=2, max_size=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_kernel_distance_is_its_sum_over_pairs(rows: list[list[float]]):
     x, y = np.array(rows), np.array(rows)[::-1] + 0.5
 
@@ -201,7 +201,7 @@ def test_the_kernel_distance_is_its_sum_over_pairs(rows: list[list[float]]):
     st.integers(1, 3),
     st.sampled_from((3, 8, 50)),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_neighbourhoods_are_what_counting_every_pair_gives(
     seed: int, n: int, m: int, k: int, high: int
 ):
