@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw
 
 from pipelines import storage
 from pipelines.config import DemoConfig, StageFailed
+from pipelines.drawing import native_precision
 from pipelines.images import decode_pixels
 from pipelines.ports import free_port
 from pipelines.report import image_grid, load_font
@@ -122,7 +123,8 @@ def stage_commands(folder: Path, config: DemoConfig) -> list[tuple[str, list[str
     images = resources.files("pipelines") / "embedded" / "fashion-mnist.parquet"
     data, artifact, reference = (str(folder / n) for n in ("data", "artifact", "reference.npz"))
     train = ["train", "demo", "--data", data, "--storage", str(folder / "runs"), "--name", RUN]
-    train += ["--workers", "2", "--parallel.precision", config.precision or native_precision()]
+    precision = config.precision or native_precision()
+    train += ["--workers", "2", "--parallel.precision", precision]
     if config.total_images:
         train += ["--total-images", str(config.total_images)]
     return [
@@ -135,19 +137,11 @@ def stage_commands(folder: Path, config: DemoConfig) -> list[tuple[str, list[str
          ["reference", data, "demo", "--output", reference]),
         ("evaluate: draw, extract features, compare",
          ["evaluate", "demo", "--model", artifact, "--reference", reference,
-          "--output", str(folder / "evaluation"), "--keep-images", "parquet"]),
+          "--output", str(folder / "evaluation"), "--keep-images", "parquet",
+          "--precision", precision]),
         ("serve: draw one image a class through HTTP",
-         ["serve", artifact, "demo", "--port", str(free_port())]),
+         ["serve", artifact, "demo", "--port", str(free_port()), "--precision", precision]),
     ]  # fmt: skip
-
-
-def native_precision() -> str:
-    """bf16 where the processor multiplies it natively; elsewhere it is slower than fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 def argv(command: list[str]) -> list[str]:

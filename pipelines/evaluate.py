@@ -29,7 +29,7 @@ import ray.data
 
 from pipelines import evaluation, lease, runtime, storage
 from pipelines.config import EvaluateConfig, ReferenceConfig, StageFailed, require
-from pipelines.drawing import NotFinite
+from pipelines.drawing import NotFinite, warn_of_slow_bf16
 from pipelines.evaluation import (
     DRAWN_BY,
     WRITER,
@@ -159,6 +159,8 @@ def run(config: EvaluateConfig) -> None:
         connect()
         storage.check_writable(output)
         workers, gpu = fleet(config.workers, len(missing))
+        if not gpu:
+            warn_of_slow_bf16(plan.precision)
         with explained(output), lease.claim(storage.join(output, WRITER)) as held:
             job = draw_chunks(config, job, stored, missing, workers, gpu, held)
             held.check()

@@ -44,6 +44,7 @@ from pipelines import scaling, storage
 from pipelines.api import Live, Service, create_app
 from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
+from pipelines.drawing import warn_of_slow_bf16
 from pipelines.engine import Drawing, Engine, EngineFailed, few_sizes
 from pipelines.generation import MAX_GUIDANCE
 from pipelines.guard import QUEUE_FULL, Key
@@ -335,6 +336,8 @@ def load(config: ServeConfig, wanted: Wanted) -> Service:
     folder, info = wanted_artifact(wanted)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_artifact(folder, device, verify=False)  # `opened` did
+    if device.type == "cpu":
+        warn_of_slow_bf16(config.precision)
     if config.compile:
         # Blocks of one kind share their compiled code, also with those of an artifact before.
         torch._dynamo.config.recompile_limit = 100
