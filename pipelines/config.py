@@ -513,9 +513,11 @@ class SweepConfig(EvaluateConfig):
         chosen = {"ema": self.ema, **self.sampler.model_dump()}
         for axis, value in chosen.items():
             grid = getattr(self.grid, axis)
+            where = axis if axis == "ema" else f"sampler.{axis.replace('_', '-')}"
             if value is not None and grid:
                 raise ValueError(
-                    f"{axis} is chosen twice: {value} for all cells, and {grid} by grid.{axis}"
+                    f"{axis} is chosen twice: {value} for all cells, and {grid} by grid.{axis}. "
+                    f"Take the first back, which may be a preset's, by --{where} None"
                 )
         if self.model and self.models:
             raise ValueError(f"both model {self.model} and models {self.models}: give one of them")

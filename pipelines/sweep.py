@@ -36,7 +36,7 @@ import torch
 from jitmodel.config import SamplerConfig
 from pipelines import evaluation, lease, storage, sweep_report
 from pipelines.config import EvaluateConfig, SamplerChoice, SweepConfig, require
-from pipelines.drawing import NotFinite, Plan, differences, draw_batch
+from pipelines.drawing import NotFinite, Plan, differences, draw_batch, warn_of_slow_bf16
 from pipelines.evaluation import (
     DRAWN_BY,
     PLAN,
@@ -227,7 +227,7 @@ def run(config: SweepConfig) -> None:
     place = storage.join(output, WRITER)
     with explained(output), lease.claim(place) as held:
         with ExitStack() as stack:
-            crew = Crew(config, stack, held)
+            crew = Crew(sweep, stack, held)
             if not stored:
                 sweep = sweep._replace(drawn_by={"device": crew.device})
             content = {
@@ -325,7 +325,7 @@ def time_lines(sweep: Sweep) -> list[str]:
     connect()
     config = sweep.config
     cells = all_cells(sweep.lines)
-    workers, gpu = fleet(config.workers, config.num_images)
+    workers, gpu = fleet(config.workers, most_chunks(sweep))
     weights = portable_weights(config.extractor, config.weights)
     with Pool(SweepWorker, config.extractor, weights, workers=1, gpu=gpu) as pool:
         job = sweep._replace(drawn_by={}).cell_job(cells[0])._replace(mix_devices=True)
@@ -344,6 +344,14 @@ def time_lines(sweep: Sweep) -> list[str]:
         f"being there already (measured on {speed.device}: {1e3 * speed.evaluation:.3g} ms a "
         f"network evaluation, {1e3 * speed.features:.3g} ms to judge an image)"
     ]
+
+
+def most_chunks(sweep: Sweep) -> int:
+    """Chunks that can be drawn side by side, at most: those of the winner, or of all cells."""
+    config = sweep.config
+    images = config.batch * config.chunk_batches
+    cells = most_cells(sweep.lines, config.search) * -(-config.cell_images // images)
+    return max(cells, -(-config.num_images // images))
 
 
 class Stored(NamedTuple):
@@ -412,16 +420,18 @@ def refuse_other_weights(sweep: Sweep, stored: dict[str, dict[str, str]]) -> Non
 class Crew:
     """The workers of a sweep, started when they are first needed and then kept."""
 
-    def __init__(self, config: SweepConfig, stack: ExitStack, held: lease.Lease) -> None:
-        self.config, self.stack, self.held = config, stack, held
+    def __init__(self, sweep: Sweep, stack: ExitStack, held: lease.Lease) -> None:
+        self.config, self.stack, self.held = sweep.config, stack, held
+        self.most = most_chunks(sweep)
 
     @cached_property
     def pool(self) -> Pool:
         """The workers, the first of which has started."""
         config = self.config
         connect()
-        chunks = -(-config.num_images // (config.batch * config.chunk_batches))
-        workers, gpu = fleet(config.workers, chunks)
+        workers, gpu = fleet(config.workers, self.most)
+        if not gpu:
+            warn_of_slow_bf16(config.precision)
         weights = portable_weights(config.extractor, config.weights)
         pool = Pool(SweepWorker, config.extractor, weights, workers=workers, gpu=gpu)
         return self.stack.enter_context(pool)

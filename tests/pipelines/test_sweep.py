@@ -425,8 +425,8 @@ def test_what_does_not_fit_is_refused_before_an_image_is_drawn(
     refused("--cell-images: 15 images cannot be spread evenly over 10 classes: choose 10 or 20",
             cell_images=15)  # fmt: skip
     refused("--num-images: 45 images cannot be spread evenly over 10 classes", num_images=45)
-    refused("steps is chosen twice: 3 for all cells, and", grid=GridConfig(steps=(2, 3)),
-            sampler=SamplerChoice(steps=3))  # fmt: skip
+    refused(r"steps is chosen twice: 3 for all cells, and \(2, 3\) .* by --sampler.steps None",
+            grid=GridConfig(steps=(2, 3)), sampler=SamplerChoice(steps=3))  # fmt: skip
     refused("both model .* and models", models=(one,))
     refused(r"holds an artifact \(config.json\), which an evaluation would mix", output=one)
     # The folder of another sweep is left alone, and both values are said.
@@ -534,6 +534,26 @@ def test_a_plan_and_a_dry_run_say_what_would_be_done_and_touch_nothing(
     assert re.search(
         r"time: at most \d.* by 2 workers, 0 cells .* ms a network evaluation", planned
     )
+
+
+def test_a_preset_s_steps_and_solver_give_way_to_those_of_the_grid():
+    line = ["fid-50k", "--grid.steps", "25", "50", "--grid.solver", "heun", "euler"]
+    with pytest.raises(ValueError, match=r"--sampler.s\w+ None"):
+        resolve("sweep", line)
+
+    found = resolve("sweep", [*line, "--sampler.steps", "None", "--sampler.solver", "None"])
+
+    assert isinstance(found, SweepConfig)
+    assert (found.grid.steps, found.grid.solver) == ((25, 50), ("heun", "euler"))
+
+
+@pytest.mark.ray
+def test_a_sweep_has_as_many_workers_as_cells_keep_busy(run_folder: str, reference: str):
+    wanted = config(run_folder, reference, "nowhere", num_images=20)
+
+    assert sweep.most_chunks(sweep.prepare(wanted)) == 12 * 4  # cells that are refined, chunks
+    alone = wanted.model_copy(update={"num_images": 4000})
+    assert sweep.most_chunks(sweep.prepare(alone)) == 800
 
 
 def test_the_paper_preset_is_the_papers_grid():
