@@ -115,7 +115,7 @@ class DatasetImages:
         self.shards: list[tuple[ShardInfo, range]] = []
         first = 0
         for info in manifest.shards:
-            if first < self.num_images:
+            if info.rows and first < self.num_images:
                 last = min(first + info.rows, self.num_images)
                 self.shards.append((info, range(first, last)))
             first += info.rows

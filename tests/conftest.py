@@ -51,7 +51,7 @@ def imagenet_sample() -> Path:
     return folder
 
 
-def _dataset(folder: Path, shards_of: tuple[int, ...]) -> Path:
+def make_dataset(folder: Path, shards_of: tuple[int, ...]) -> Path:
     """A dataset folder of the first images of the demo: 28 px, 10 classes."""
     import pyarrow.parquet as pq
 
@@ -92,13 +92,13 @@ def _dataset(folder: Path, shards_of: tuple[int, ...]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset folder of 211 (a prime) real images, 28 px, 10 classes, in 3 uneven shards."""
-    return _dataset(tmp_path_factory.mktemp("dataset"), (80, 80, 51))
+    return make_dataset(tmp_path_factory.mktemp("dataset"), (80, 80, 51))
 
 
 @pytest.fixture(scope="session")
 def demo_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset folder of 4,096 of the demo's images."""
-    return _dataset(tmp_path_factory.mktemp("demo"), (1024, 1024, 1024, 1024))
+    return make_dataset(tmp_path_factory.mktemp("demo"), (1024, 1024, 1024, 1024))
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from pipelines.reference import (
     write_piece,
     write_reference,
 )
+from tests.conftest import make_dataset
 
 CPU = torch.device("cpu")
 
@@ -90,6 +91,20 @@ def test_a_reference_holds_the_moments_of_every_image(tiny_dataset: Path, tmp_pa
         found.real.spatial.covariance, np.cov(spatial, rowvar=False), atol=1e-9
     )
     np.testing.assert_allclose(found.real.features, pooled, rtol=1e-6)
+
+
+def test_shards_without_images_change_no_reference(tmp_path: Path):
+    for name, sizes in (("full", (20, 5)), ("holey", (0, 20, 0, 0, 5, 0))):
+        (tmp_path / name).mkdir()
+        make_dataset(tmp_path / name, sizes)
+    images = real_images(str(tmp_path / "holey"))
+    assert images.pieces == [range(20), range(20, 25)]
+
+    found = make_reference(images, tmp_path / "holey.npz")
+    expected = make_reference(real_images(str(tmp_path / "full")), tmp_path / "full.npz")
+
+    assert found.count == expected.count == 25
+    assert np.array_equal(found.real.pooled.covariance, expected.real.pooled.covariance)
 
 
 def test_the_first_images_of_a_dataset_can_be_chosen(tiny_dataset: Path, tmp_path: Path):
