@@ -98,5 +98,5 @@ def load_dinov2(state: dict[str, Tensor]) -> Dinov2:
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     with torch.device("meta"):
         network = Dinov2(width, depth, grid, gated="blocks.0.mlp.w12.weight" in state)
-    network.load_state_dict(state, assign=True)
+    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return network

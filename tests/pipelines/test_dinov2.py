@@ -130,6 +130,21 @@ def test_dinov2_is_an_extractor_whose_file_is_in_its_name(weights_file: Path):
     torch.testing.assert_close(alone[0], found.pooled[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_type_are_computed_in_fp32(
+    weights_file: Path, tmp_path: Path, dtype: torch.dtype
+):
+    state = torch.load(weights_file, weights_only=True)
+    torch.save({name: value.to(dtype) for name, value in state.items()}, tmp_path / "other.pth")
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+
+    found = get_extractor("dinov2", str(tmp_path / "other.pth"))(pixels).pooled
+
+    expected = get_extractor("dinov2", str(weights_file))(pixels).pooled
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
 def test_a_file_that_is_no_dinov2_is_refused(weights_file: Path, tmp_path: Path):
     state = torch.load(weights_file, weights_only=True)
     del state["blocks.1.norm1.bias"]
