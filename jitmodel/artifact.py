@@ -10,10 +10,10 @@ import hashlib
 import json
 import platform
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -47,6 +47,15 @@ class ArtifactInfo(Config):
     """Digest of model.safetensors."""
     versions: dict[str, str] = {}
     """Versions of the tools that wrote it."""
+
+    @model_validator(mode="after")
+    def _classes_are_named_all_or_none(self) -> Self:
+        if len(self.classes) not in (0, self.model.num_classes):
+            raise ValueError(
+                f"the model has {self.model.num_classes} classes, but {len(self.classes)} are "
+                "named: name all of them, or none"
+            )
+        return self
 
     @property
     def sha256(self) -> str:

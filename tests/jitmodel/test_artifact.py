@@ -60,7 +60,7 @@ def test_equal_weights_give_equal_bytes(folder, tmp_path):
 
 def test_a_weight_of_another_shape_is_named_with_both_shapes(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["model"]["num_classes"] = 7
+    config["model"]["num_classes"], config["classes"] = 7, []
     (folder / "config.json").write_text(json.dumps(config))
 
     with pytest.raises(
@@ -119,3 +119,12 @@ def test_the_values_0_to_255_survive_the_way_to_x_and_back():
     assert torch.equal(to_pixels(to_x(pixels)), pixels)
     assert to_pixels(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
     assert to_x(pixels).aminmax() == (-1.0, 1.0)
+
+
+def test_names_of_some_classes_are_refused(folder):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"classes": config["classes"][:2]}))
+
+    with pytest.raises(ValueError, match="3 classes, but 2 are named: name all of them, or none"):
+        read_info(folder)
