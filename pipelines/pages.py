@@ -16,6 +16,7 @@ from pipelines import storage
 HEADER_BYTES = (2**16, 2**24)
 """What is read of a header, and again of one that is longer: some hold the least and the greatest
 value. Parquet's readers take none above 16 MiB."""
+MOST_DEPTH, MOST_SHIFT = 8, 63
 # Kinds of a field in Thrift's compact protocol, in which headers are written.
 _TRUE, _FALSE, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _STRUCT = 1, 2, 3, (4, 5, 6), 7, 8, 12
 
@@ -47,8 +48,10 @@ def page_sizes(ranges: storage.Ranges, column: pq.ColumnChunkMetaData) -> Iterat
         at += used + stored
 
 
-def _struct(text: bytes, at: int) -> tuple[dict[int, int], int]:
+def _struct(text: bytes, at: int, depth: int = 0) -> tuple[dict[int, int], int]:
     """The whole numbers of a struct by field, and where it ends."""
+    if depth == MOST_DEPTH:
+        raise ValueError("structs in structs, more than a header has")
     fields, field = {}, 0
     while text[at]:
         step, kind = text[at] >> 4, text[at] & 15
@@ -62,7 +65,7 @@ def _struct(text: bytes, at: int) -> tuple[dict[int, int], int]:
             length, at = _varint(text, at)
             at += length
         elif kind == _STRUCT:
-            at = _struct(text, at)[1]
+            at = _struct(text, at, depth + 1)[1]
         elif kind in (_TRUE, _FALSE, _BYTE, _DOUBLE):
             at += {_BYTE: 1, _DOUBLE: 8}.get(kind, 0)
         else:
@@ -83,3 +86,5 @@ def _varint(text: bytes, at: int) -> tuple[int, int]:
         if text[at - 1] < 128:
             return value, at
         shift += 7
+        if shift > MOST_SHIFT:
+            raise ValueError("a number of more than 64 bits")
