@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from parts import chosen
 
 from jitmodel.artifact import ArtifactInfo, save_artifact
 from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
@@ -370,8 +371,7 @@ PARTS = {
 
 
 def run() -> dict:
-    chosen = os.environ.get("PARTS", "").split() or list(PARTS)
-    return {"torch": torch.__version__, "tables": [PARTS[part]() for part in chosen]}
+    return {"torch": torch.__version__, "tables": [part() for part in chosen(PARTS)]}
 
 
 if __name__ == "__main__":

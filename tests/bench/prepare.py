@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from parts import chosen
 from PIL import Image
 
 from pipelines import images, sources, storage
@@ -54,8 +55,7 @@ def run() -> dict:
         "encodings": encodings, "efficiency": efficiency, "memory": memory, "lists": lists,
         "index": index, "requests": requests,
     }  # fmt: skip
-    wanted = os.environ.get("PARTS", "").split() or list(parts)
-    return {"tables": [parts[name]() for name in wanted]}
+    return {"tables": [part() for part in chosen(parts)]}
 
 
 def photographs() -> list[bytes]:
