@@ -49,6 +49,20 @@ def job_environment(checkout: Path) -> dict[str, object]:
     return {"working_dir": str(checkout), "excludes": ["/*", *kept, "__pycache__", ".env*"]}
 
 
+def auth_mode() -> dict[str, str]:
+    """What tells Ray, before it is imported, to use a token that exists, as `ray start` does."""
+    exists = (Path.home() / ".ray" / "auth_token").is_file()
+    return {"RAY_AUTH_MODE": "token"} if exists and "RAY_AUTH_MODE" not in os.environ else {}
+
+
+def token_refused(address: str) -> PermissionError:
+    """What a person is told whose token a cluster does not accept."""
+    return PermissionError(
+        f"the cluster at {address} refuses our token. Copy the one that it was started with "
+        "to ~/.ray/auth_token, and leave RAY_AUTH_MODE unset or set it to token."
+    )
+
+
 def submit(
     command: Sequence[str], *, address: str = ADDRESS, wait: bool = True, checkout: Path = CHECKOUT
 ) -> int:
@@ -58,9 +72,7 @@ def submit(
         ConnectionError: nobody answers at the address.
         PermissionError: the cluster does not accept our token, or we have none.
     """
-    # Like `ray start`: a token that exists is used. Ray reads the mode when it is first imported.
-    if (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.update(auth_mode())
     # Else RAY_ADDRESS of the environment would win over the address that was asked for.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     from ray.exceptions import AuthenticationError
@@ -69,10 +81,7 @@ def submit(
     try:
         client = JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise PermissionError(
-            f"the cluster at {address} refuses our token. Copy the one that it was started with "
-            "to ~/.ray/auth_token, and leave RAY_AUTH_MODE unset or set it to token."
-        ) from error
+        raise token_refused(address) from error
     job = client.submit_job(
         entrypoint=shlex.join(["jit", *command]), runtime_env=job_environment(checkout)
     )

@@ -20,6 +20,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import time
 import typing
 from collections.abc import Callable, Collection
@@ -31,8 +32,14 @@ from urllib.request import urlopen
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from cluster.submit import auth_mode, token_refused
+
+os.environ.update(auth_mode())  # read when Ray is imported
+
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.exceptions import AuthenticationError
 from ray.runtime_env import RuntimeEnv
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
@@ -78,6 +85,7 @@ def run(config: DeployConfig) -> None:
     Raises:
         ValueError, FileNotFoundError: the artifact or the file cannot be served.
         ConnectionError: no cluster answers at the address.
+        PermissionError: it does not accept our token.
         StageFailed: the cluster could not deploy it.
     """
     if config.metrics_port:
@@ -285,9 +293,13 @@ def apply(document: dict[str, Any], config: DeployConfig) -> None:
     Raises:
         ValueError: Serve listens elsewhere, or no node has room, so that the config cannot be
             carried out.
+        PermissionError: the cluster does not accept our token, or we have none.
         StageFailed: the cluster refuses it, or as `wait`.
     """
-    client = ServeSubmissionClient(config.address)
+    try:
+        client = ServeSubmissionClient(config.address)
+    except AuthenticationError as error:
+        raise token_refused(config.address) from error
     found = ServeDeploySchema.model_validate(document)  # with what Ray takes for left-out keys
     check_running(client.get_serve_details(), found)
     check_room(found, *nodes_of(client, config.address))

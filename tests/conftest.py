@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,15 @@ atexit.register(shutil.rmtree, os.environ["JIT_CACHE"], ignore_errors=True)
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("jit", deadline=None)
 hypothesis.settings.load_profile("jit")
+
+HEAD = """
+import os, sys, ray
+ray.init(num_cpus=1, include_dashboard=True, dashboard_host="127.0.0.1",
+         dashboard_port=int(sys.argv[1]), object_store_memory=100 * 2**20, _temp_dir=sys.argv[2])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+"""A cluster with a dashboard, which ends with its standard input."""
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -131,6 +142,32 @@ def ray_cluster() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def head(short_tmp: Path, free_port: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """A cluster that asks for a token, its dashboard's address, and the owner's environment."""
+    owner = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "HOME": str(short_tmp),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEAD, str(free_port), str(short_tmp / "ray")],
+        env=owner | {"RAY_AUTH_MODE": "token"},  # as cluster.yaml does; writes the token to HOME
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield f"http://127.0.0.1:{free_port}", owner
+    finally:
+        process.stdin.close()  # the head shuts itself down
+        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,6 @@ from ray._private.runtime_env.packaging import create_package
 
 from cluster import submit
 from tests import uris
-
-HEAD = """
-import os, sys, ray
-ray.init(num_cpus=1, include_dashboard=True, dashboard_host="127.0.0.1",
-         dashboard_port=int(sys.argv[1]), object_store_memory=100 * 2**20, _temp_dir=sys.argv[2])
-print("ready", flush=True)
-sys.stdin.read()
-"""
 
 
 def test_only_the_packages_travel(tmp_path: Path):
@@ -84,32 +74,6 @@ def test_a_command_line_without_a_stage_is_bad_usage(capsys: pytest.CaptureFixtu
         submit.run(["--no-wait"])
     assert stop.value.code == 2
     assert "which stage?" in capsys.readouterr().err
-
-
-@pytest.fixture
-def head(short_tmp: Path, free_port: int) -> Iterator[tuple[str, dict[str, str]]]:
-    """A cluster that asks for a token, its dashboard's address, and the owner's environment."""
-    owner = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "HOME": str(short_tmp),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_memory_monitor_refresh_ms": "0",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", HEAD, str(free_port), str(short_tmp / "ray")],
-        env=owner | {"RAY_AUTH_MODE": "token"},  # as cluster.yaml does; writes the token to HOME
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin
-    assert process.stdout
-    try:
-        assert process.stdout.readline() == "ready\n"
-        yield f"http://127.0.0.1:{free_port}", owner
-    finally:
-        process.stdin.close()  # the head shuts itself down
-        process.wait(timeout=30)
 
 
 @pytest.mark.ray

@@ -329,6 +329,32 @@ def check_that_a_server_which_joins_has_its_front(artifact: Path, cluster: str, 
         server.wait(60)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_is_given_the_one_at_home(
+    artifact: Path, head: tuple[str, dict[str, str]], repository: Path, tmp_path: Path
+):
+    address, owner = head
+    line = ["deploy", str(artifact), "--address", address, "--cpus", "99"]
+
+    def said(**changes: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", *line],
+            cwd=repository,
+            env=owner | changes,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    assert "1 replicas of 99 CPUs do not fit: the cluster has 1 nodes" in said()
+    stranger = said(HOME=str(tmp_path), RAY_AUTH_MODE="token")
+    assert "refuses our token" in stranger
+    assert "Traceback" not in stranger
+
+
 @pytest.mark.slow
 def test_a_cluster_serves_what_is_deployed_and_changes_it_without_a_pause(
     artifact: Path, short_tmp: Path, capsys: pytest.CaptureFixture[str]
