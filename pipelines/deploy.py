@@ -368,7 +368,8 @@ def check_room(wanted: ServeDeploySchema, nodes: list[dict[str, float]], may_gro
     replicas = replicas if isinstance(replicas, int) else 1  # or "auto"
     for kind, need in (("CPU", actor.get("num_cpus") or 0), ("GPU", actor.get("num_gpus") or 0)):
         largest = max((node.get(kind, 0) for node in nodes), default=0)
-        room = sum(node.get(kind, 0) // need for node in nodes) if need else replicas
+        each = in_units(need)
+        room = sum(in_units(node.get(kind, 0)) // each for node in nodes) if each else replicas
         if room >= replicas:
             continue
         problem = (
@@ -378,6 +379,11 @@ def check_room(wanted: ServeDeploySchema, nodes: list[dict[str, float]], may_gro
         if not may_grow:
             raise ValueError(f"{problem}. Lower --replicas, --cpus or --gpus; what runs goes on")
         logger.warning("%s until its autoscaler starts more", problem)
+
+
+def in_units(amount: float) -> int:
+    """An amount of a resource as Ray counts it, by the 1/10,000: 1.0 // 0.2 would be 4."""
+    return round(amount * 10_000)
 
 
 def check_running(details: dict[str, Any], wanted: ServeDeploySchema) -> None:

@@ -259,6 +259,12 @@ def test_replicas_that_no_node_has_room_for_are_refused_before_those_that_run_ar
     with_gpu = ServeDeploySchema.model_validate(printed(capsys, str(artifact), "--gpus", "1"))
     with pytest.raises(ValueError, match="1 replicas of 1 GPUs"):
         deploy.check_room(with_gpu, [{"CPU": 64.0}], False)
+    for share, replicas in (("0.2", 5), ("0.1", 10), ("0.05", 20)):
+        for wanted_replicas, fits in ((replicas, True), (replicas + 1, False)):
+            line = (str(artifact), "--gpus", share, "--replicas", str(wanted_replicas))
+            shared = ServeDeploySchema.model_validate(printed(capsys, *line))
+            with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="GPUs"):
+                deploy.check_room(shared, [{"CPU": 64.0, "GPU": 1.0}], False)
 
 
 @pytest.mark.parametrize(
