@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pipelines.engine import EngineFailed, QueueFull
 from pipelines.front import ApiError, read_body
 from pipelines.generation import BadRequest
-from pipelines.telemetry import DRAWING_ROUTES, OPEN_ROUTES, record_of
+from pipelines.telemetry import DRAWING_ROUTES, INTERNAL_ERROR, OPEN_ROUTES, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +229,12 @@ def api_error(error: Exception) -> ApiError:
                 headers={"Retry-After": "1"},
             )
     logger.error("an answer failed", exc_info=error)
-    return ApiError(500, "the server made a mistake; its log has the details", type="server_error")
+    return ApiError(
+        500,
+        "the server made a mistake; its log has the details",
+        type="server_error",
+        code=INTERNAL_ERROR,
+    )
 
 
 async def read_json(request: Request) -> bytes:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_LEFT = 499
+INTERNAL_ERROR = "internal_error"
+"""Code of the error of a request that met a mistake of ours."""
 OPEN_ROUTES = ("/healthz", "/readyz")
 DRAWING_ROUTES = "/v1/images/"
 
@@ -69,19 +71,24 @@ class Recorder:
         record = RequestRecord(method=scope["method"][:20], path=scope["path"][:200])
         scope["record"] = record
         began = time.monotonic()
-        is_whole = False
+        has_begun = is_whole = is_mistake = False
 
         async def noting(message: Message) -> None:
-            nonlocal is_whole
+            nonlocal has_begun, is_whole
             if message["type"] == "http.response.start":
-                record.status = message["status"]
+                record.status, has_begun = message["status"], True
             await send(message)
             is_whole = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             await self.app(scope, receive, noting)
+        except Exception:  # Starlette answers it with 500, outside of this
+            is_mistake = not has_begun
+            raise
         finally:
-            if not is_whole:  # also where a stream had begun
+            if is_mistake:
+                record.status, record.code = 500, INTERNAL_ERROR
+            elif not is_whole:  # also where a stream had begun
                 record.status = CLIENT_LEFT
             record.total_s = round(time.monotonic() - began, 6)
             self.report(record)

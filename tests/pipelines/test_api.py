@@ -526,8 +526,12 @@ def test_a_failing_network_answers_503_and_shows_in_health(
         assert client.get("/healthz").status_code == 503
 
 
-def test_a_mistake_of_ours_shows_no_traceback(service: Service, monkeypatch: pytest.MonkeyPatch):
-    client = client_of(service)
+def test_a_mistake_of_ours_shows_no_traceback_and_is_recorded_as_ours(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+):
+    records = list[RequestRecord]()
+    app = create_app(Live(service), records.append)
+    client = TestClient(app, "http://localhost", raise_server_exceptions=False)
 
     def mistake(*_: Any) -> None:
         raise KeyError("secret detail")
@@ -538,6 +542,8 @@ def test_a_mistake_of_ours_shows_no_traceback(service: Service, monkeypatch: pyt
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.json()["error"]["type"] == "server_error"
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert [(record.status, record.code) for record in records] == [(500, "internal_error")]
 
 
 def test_a_key_may_have_only_so_many_requests_in_work(artifact: Path):
