@@ -13,10 +13,13 @@ import uvicorn
 
 
 @contextlib.contextmanager
-def listening(app: Any, **options: Any) -> Iterator[str]:
+def listening(app: Any, *, send_bytes: int = 0, **options: Any) -> Iterator[str]:
     """The application on a free port of loopback, in a thread that ends with the block, however
-    that ends; its URL. Options are those of `uvicorn.Config`."""
+    that ends; its URL. Options are those of `uvicorn.Config`; `send_bytes` is what the system keeps
+    of an answer that is not read, 0: as much as it likes, which is megabytes."""
     with socket.socket() as s:
+        if send_bytes:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)  # connections inherit it
         s.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, **options))
         # A daemon: one that does not stop must not keep the interpreter from ending.

@@ -55,7 +55,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def served(artifact: Path, **config: object) -> Iterator[tuple[str, Engine]]:
+def served(
+    artifact: Path, *, send_bytes: int = 0, **config: object
+) -> Iterator[tuple[str, Engine]]:
     """The application behind its front on a real socket; its URL and its engine."""
     settings = ServeConfig(model=str(artifact), precision="fp32", **config)
     engine = Engine(
@@ -68,7 +70,8 @@ def served(artifact: Path, **config: object) -> Iterator[tuple[str, Engine]]:
     engine.start()
     app = Front(create_app(Live(Service(engine, read_info(artifact), settings, "tiny", 1))))
     try:
-        with listening(app, log_level="critical", lifespan="off") as url:
+        options = {"log_level": "critical", "lifespan": "off"}
+        with listening(app, send_bytes=send_bytes, **options) as url:
             yield url, engine
     finally:
         engine.close()
@@ -147,9 +150,12 @@ def test_at_ten_times_capacity_some_are_served_in_time_and_the_rest_hear_429(art
 
 
 def test_slow_and_half_open_clients_hold_no_slot(artifact: Path):
-    with served(artifact, slots=2) as (url, engine), contextlib.ExitStack() as stack:
+    with (
+        served(artifact, send_bytes=8192, slots=2, resize=True) as (url, engine),
+        contextlib.ExitStack() as stack,
+    ):
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
-        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         for number in range(30):
             s = stack.enter_context(socket.create_connection(address))
             match number % 3:
@@ -159,16 +165,22 @@ def test_slow_and_half_open_clients_hold_no_slot(artifact: Path):
                     s.sendall(head[:40].encode())
                 case 2:  # half a body
                     s.sendall(f'{head}Content-Length: 99\r\n\r\n{{"prompt"'.encode())
-        body = json.dumps({"prompt": "0", "stream": True, "n": 8, "partial_images": 10}).encode()
-        for _ in range(5):  # they ask for a stream and never read it
+        streams = []
+        asked = {"prompt": "0", "stream": True, "n": 8, "partial_images": 10, "size": "256x256"}
+        body = json.dumps(asked).encode()
+        for _ in range(3):  # they ask for a stream that no buffer holds, and never read it
             s = stack.enter_context(socket.create_connection(address))
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             s.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            streams.append(s)
 
         began = time.monotonic()
         assert httpx.post(url + PATH, json={"prompt": "0"}, timeout=20).status_code == 200
         assert time.monotonic() - began < 10
-        wait_until("the slots of those that do not read are free", lambda: not engine.running)
+        wait_until("those that do not read were drawn for", lambda: engine.images == 1 + 3 * 8)
+        wait_until("their slots are free", lambda: not engine.running)
+        for s in streams:
+            assert s.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
 
 
 @contextlib.contextmanager
