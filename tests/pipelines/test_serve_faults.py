@@ -356,8 +356,13 @@ def test_sighup_reads_artifact_and_keys_again_and_refuses_a_broken_one(
         os.kill(pid, signal.SIGHUP)
         wait_until("the new key opens", lambda: status("second") == 200, 60)
         assert status("first") == 401, "the old one does not"
-        digest = httpx.get(f"{url}/readyz").json()["artifact_sha256"]
-        assert digest == successor.sha256 != info.sha256
+
+        def digest() -> str:
+            return str(httpx.get(f"{url}/readyz").json()["artifact_sha256"])
+
+        assert successor.sha256 != info.sha256
+        # the keys change at once, the artifact once it is loaded
+        wait_until("the new artifact is served", lambda: digest() == successor.sha256, 60)
 
         names = tuple(ClassInfo(name=name) for name in ("boot", "bag", "shirt"))
         edited = save_artifact(
