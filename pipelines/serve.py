@@ -28,6 +28,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,7 +102,7 @@ def run(config: ServeConfig) -> None:
 
 @contextlib.contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
-    """A running server; its URL. It is stopped at the end.
+    """A running server; its URL. At the end it finishes what it draws, and is stopped.
 
     Raises:
         ValueError, FileNotFoundError: as `run`.
@@ -136,9 +137,27 @@ def serving(config: ServeConfig) -> Iterator[str]:
         logger.info(
             "serving at %s\n%s", url, example(url, info, keyed=bool(wanted(config, info)["keys"]))
         )
-        yield url
+        try:
+            yield url
+        finally:
+            finish(config.timeout_s)
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def finish(timeout_s: float) -> None:
+    """Lets the replicas finish what they draw; who comes meanwhile hears 503.
+
+    `serve.shutdown` alone ends the proxies first, and every client with them.
+    """
+    logger.info("finishing what is being drawn; Ctrl-C again stops at once")
+    until = time.monotonic() + timeout_s
+    try:
+        serve.delete(APP, _blocking=False)
+        while APP in serve.status().applications and time.monotonic() < until:
+            time.sleep(0.1)
+    except Exception as error:  # without its cluster it is stopped all the same
+        logger.warning("what was being drawn is not finished: %s", error)
 
 
 def front_of_a_cluster() -> dict[str, Any] | None:
@@ -221,6 +240,7 @@ def options(config: ServeConfig, info: ArtifactInfo, *, gpu: bool) -> dict[str, 
         "max_queued_requests": MAX_QUEUED_REQUESTS,
         "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": config.timeout_s,  # what is being drawn is finished
+        "graceful_shutdown_wait_loop_s": 0.5,  # how often a replica looks whether it is
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "ray_actor_options": {"num_cpus": config.cpus, "num_gpus": int(gpu)},
         "user_config": wanted(config, info),

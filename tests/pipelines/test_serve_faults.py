@@ -256,6 +256,32 @@ def test_a_replica_killed_under_load_costs_at_most_a_clear_503(artifact: Path, t
 
 
 @pytest.mark.slow
+def test_a_server_that_is_stopped_finishes_what_it_draws(artifact: Path, tmp_path: Path):
+    log, seen = tmp_path / "log", list[int]()
+    with jit_serve(artifact, log, "--max-steps", "10000") as (url, pid):
+
+        def client() -> None:
+            asked = {"prompt": "0", "n": 4, "num_inference_steps": 1000}
+            seen.append(httpx.post(url + PATH, json=asked, timeout=120).status_code)
+
+        def late() -> int:
+            return httpx.post(url + PATH, json={"prompt": "0"}, timeout=60).status_code
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        time.sleep(1)  # the request is in work
+        os.kill(pid, signal.SIGINT)
+        wait_until("who comes now is sent away", lambda: late() == 503)
+        assert not seen, "it was still drawing"
+        thread.join()
+        assert seen == [200]
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        assert ended.si_status == 0
+    assert "finishing what is being drawn" in log.read_text()
+
+
+@pytest.mark.slow
 def test_each_request_to_two_replicas_is_a_line_of_json_and_counted_at_the_port_of_the_log(
     artifact: Path, tmp_path: Path
 ):
