@@ -206,6 +206,12 @@ def check_document(document: Any, where: str) -> None:
         )
     if found.grpc_options.grpc_servicer_functions:
         raise ValueError(f"{where}: grpc_options opens a port that asks for no key: leave it out")
+    for key in application.args:
+        if key in ServeConfig.model_fields and key not in OF_A_REPLICA:
+            raise ValueError(
+                f"{where}: {key} does nothing in args: http_options says where it listens, the "
+                "deployment how many replicas there are, user_config what is served, and to whom"
+            )
     config = ServeConfig.model_validate(application.args)
     names = [deployment.name for deployment in application.deployments]
     if names != [DEPLOYMENT]:

@@ -101,6 +101,8 @@ def test_a_config_that_ray_would_misread_is_refused(
     assert "did you mean 'http_options'" in error("http_option", value={})
     assert "slots" in error("applications", 0, "args", "slots", value=0)
     assert "slot\n" in error("applications", 0, "args", "slot", value=4)
+    for name, value in (("port", 1), ("host", "::"), ("replicas", 2), ("keys_file", "x")):
+        assert f"{name} does nothing in args" in error("applications", 0, "args", name, value=value)
     assert "modle" in error(*deployment, "user_config", "modle", value="x")
     assert "can be reached by others" in error("http_options", "host", value="0.0.0.0")
     variables = ("controller_options", "runtime_env", "env_vars")
