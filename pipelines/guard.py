@@ -56,7 +56,8 @@ def read_keys(file: str, concurrent: int) -> tuple[Key, ...]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line does not hold a key; the message does not hold it either.
+        ValueError: a line does not hold a key, or one that has another limit elsewhere; the message
+            does not hold it either.
     """
     given = [(key.strip(), concurrent) for key in os.environ.get(KEY_VARIABLE, "").split(",")]
     if file:
@@ -85,6 +86,11 @@ def read_keys(file: str, concurrent: int) -> tuple[Key, ...]:
                 raise ValueError(
                     f"line {number} of {file} should be a key without spaces, and after it, if "
                     "you like, how many requests it may have in work at once"
+                )
+            if dict(given).get(words[0], int(limit)) != int(limit):
+                raise ValueError(
+                    f"line {number} of {file} gives a key {limit} requests at once, but "
+                    f"{KEY_VARIABLE} or a line before gave it {dict(given)[words[0]]}: say it once"
                 )
             given.append((words[0], int(limit)))
         if len(given) == before:

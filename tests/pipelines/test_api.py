@@ -585,6 +585,13 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
             read_keys(str(file), 7)
         assert "three" not in str(error.value)
     file.write_text("\ufefffive\n", encoding="utf-8")  # as some editors save it
+    for text in ("three\none 1\n", "three 5\nthree 1\n"):  # which one would count?
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"line 2 of .* gives a key 1 requests") as error:
+            read_keys(str(file), 7)
+        assert not any(key in str(error.value) for key in ("one ", "three"))
+    file.write_text("three 5\nthree 5\none\n")
+    assert {key.concurrent for key in read_keys(str(file), 7)} == {5, 7}
     assert read_keys(str(file), 7)[-1].sha256 == digest_of(b"five")
     file.write_bytes("six\u00e9".encode("latin-1"))
     with pytest.raises(ValueError, match=r"--keys-file .*keys is not UTF-8") as error:
