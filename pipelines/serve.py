@@ -372,10 +372,12 @@ def describe(info: ArtifactInfo) -> str:
 
 
 def example(url: str, info: ArtifactInfo, *, keyed: bool) -> str:
-    """A curl line that draws an image."""
+    """A curl line that draws an image; KEY stands where the environment holds no single key."""
     prompt = ClassIndex(info.classes, info.model.num_classes).prompt(0)
     body = json.dumps({"prompt": prompt, "n": 1, "seed": 0}).replace("'", "'\\''")
-    key = f"-H 'Authorization: Bearer '\"${KEY_VARIABLE}\" " if keyed else ""
+    own = os.environ.get(KEY_VARIABLE, "").strip()
+    key = f'\'"${KEY_VARIABLE}"' if own and "," not in own else "KEY'"
+    key = f"-H 'Authorization: Bearer {key} " if keyed else ""
     return (
         f"curl {url}/v1/images/generations {key}-H 'Content-Type: application/json' -d '{body}' "
         '| python -c \'import base64, json, sys; open("image.png", "wb").write('

@@ -172,6 +172,26 @@ def test_the_curl_line_of_the_log_names_one_class():
         assert f'"prompt": "{prompt}"' in serve.example("http://localhost", info, keyed=False)
 
 
+@pytest.mark.parametrize(
+    ("own", "sent"), [("one", "Bearer one"), ("one, two", "Bearer KEY"), ("", "Bearer KEY")]
+)
+def test_the_curl_line_sends_the_key_of_the_environment_if_it_is_the_only_one(
+    own: str, sent: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("JIT_API_KEY", own)
+    info = ArtifactInfo(model=MODEL, sampler=SamplerConfig())
+
+    line = serve.example("http://localhost", info, keyed=True)
+
+    words = subprocess.run(
+        ["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {line.partition(' | ')[0]}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert f"Authorization: {sent}" in words
+
+
 def test_loopback_is_recognised():
     hosts = ["127.0.0.1", "127.0.1.5", "localhost", "::1", "0.0.0.0", "::", "192.0.2.1", "example"]
     assert [is_loopback(host) for host in hosts] == [True] * 4 + [False] * 4
