@@ -487,7 +487,8 @@ def wait_for_replicas(url: str, name: str, until: float) -> str | None:
         if time.monotonic() > until:
             raise StageFailed(
                 f"the replicas at {url} have not answered within --deploy-timeout-s whether they "
-                f"serve it; /readyz said last: {said or 'nothing'}"
+                f"serve it; /readyz said last: {said or 'nothing'}; if another server listens at "
+                "that port of this machine, ask the cluster's own"
             )
         time.sleep(POLL_S)
     return str(said["artifact_sha256"])
