@@ -226,7 +226,11 @@ def keep(folder: Path, info: ArtifactInfo) -> None:
                 whole.mkdir()
                 for name in (WEIGHTS, CONFIG):
                     shutil.copy(folder / name, whole)
-                whole.rename(target)
+                try:
+                    whole.rename(target)
+                except OSError:
+                    if not target.exists():  # else another replica was first
+                        raise
         os.utime(target)
         old = sorted(target.parent.glob("[!.]*"), key=lambda f: f.stat().st_mtime)[:-KEPT_ARTIFACTS]
         for folder in old:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +17,7 @@ import httpx
 import pytest
 import torch
 
-from jitmodel.artifact import ArtifactInfo, load_artifact, save_artifact
+from jitmodel.artifact import WEIGHTS, ArtifactInfo, load_artifact, save_artifact
 from jitmodel.config import FlowConfig, ModelConfig, SamplerConfig
 from jitmodel.model import JiT
 from pipelines import replica
@@ -162,6 +163,27 @@ def test_the_images_of_every_engine_count_while_old_ones_drain(
         assert seen["images"] == 5
 
     asyncio.run(story())
+
+
+def test_replicas_of_one_machine_keep_an_artifact_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    info = make_artifact(tmp_path / "a", 1)
+    (tmp_path / "a" / WEIGHTS).write_bytes(bytes(2**23))  # so that nobody is done before all begin
+    together = threading.Barrier(4)
+
+    def one() -> None:
+        together.wait()
+        replica.keep(tmp_path / "a", info)
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert replica.kept(info.sha256).is_dir()
+    assert caplog.text == ""
 
 
 def test_a_replica_that_refuses_for_want_of_time_asks_for_another(tmp_path: Path):
