@@ -53,7 +53,8 @@ KEPT_BYTES = 64 * 2**20
 """Of files that answers link to; what is older is drawn again when somebody asks for it."""
 PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; "
+    "frame-ancestors 'none'"
 )
 
 STREAM_EXAMPLE = (
