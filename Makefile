@@ -15,7 +15,7 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(SETUP)  ## Prepare, train, export, evaluate and serve on two CPU cores, 6 to 16 minutes
+demo: $(SETUP)  ## Prepare, train, export, evaluate and serve on two CPU cores, 6 to 23 minutes
 	$(BIN)/jit demo
 
 test: $(SETUP)  ## Run the tests that take seconds
