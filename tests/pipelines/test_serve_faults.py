@@ -201,7 +201,7 @@ def jit_serve(artifact: Path, log: Path, *argv: str) -> Iterator[tuple[str, int]
         ) as process,
     ):
         try:
-            wait_until("it is ready", lambda: ready(url), 180)
+            wait_until("it is ready", lambda: ready(url), 90)
             yield url, process.pid
         finally:
             process.send_signal(signal.SIGINT)
