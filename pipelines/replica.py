@@ -42,7 +42,6 @@ from jitmodel.artifact import (
 from jitmodel.config import Config
 from pipelines import scaling, storage
 from pipelines.api import Live, Service, create_app
-from pipelines.classes import ClassIndex
 from pipelines.config import ServeConfig
 from pipelines.drawing import warn_of_slow_bf16
 from pipelines.engine import Drawing, Engine, EngineFailed, few_sizes
@@ -204,7 +203,6 @@ def opened(uri: str, artifact_sha256: str = "") -> tuple[Path, ArtifactInfo]:
             f"{uri} recommends guidance {info.sampler.cfg_scale:g}, but images are drawn with "
             f"{MAX_GUIDANCE:g} at most: change sampler.cfg_scale in its {CONFIG}"
         )
-    ClassIndex(info.classes, info.model.num_classes)
     return folder, info
 
 
